@@ -1,0 +1,41 @@
+"""Find an entry of a table by name, and name the near ones when it is not there.
+
+Every family of interchangeable things (similarity measures, anatomy families, criteria, pooling rules) is a
+plain dict; this is the one place that turns a wrong name into a helpful error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """Return ``table[name]``.
+
+    Args:
+        table: the known entries.
+        name: the one that is wanted.
+        what: what the table holds, in the singular, for the message ("similarity measure").
+
+    Raises:
+        ValueError: if the name is unknown; the message lists near names, or all of them.
+
+    Example:
+        >>> lookup({"cka": 1, "rsa": 2}, "cka", "measure")
+        1
+        >>> lookup({"cka": 1, "rsa": 2}, "ckaa", "measure")
+        Traceback (most recent call last):
+        ValueError: Unknown measure 'ckaa'. Did you mean: 'cka'?
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=3, cutoff=0.6)
+    if near:
+        hint = "Did you mean: " + ", ".join(repr(n) for n in near) + "?"
+    else:
+        hint = "Known: " + ", ".join(repr(n) for n in sorted(table)) + "."
+    raise ValueError(f"Unknown {what} {name!r}. {hint}")
