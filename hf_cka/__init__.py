@@ -20,7 +20,6 @@ _PUBLIC = {
     "collect": "hf_cka.representations",
     "find_anatomy": "hf_cka.anatomy",
     "select_layers": "hf_cka.selection",
-    "similarity": "hf_cka.similarity",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
