@@ -1,0 +1,26 @@
+"""Run a model over calibration batches and read what enters and leaves each layer.
+
+Readouts are taken by hooks inside the layers, because ``hidden_states[-1]`` of a language model is after the final
+norm. No decisions are taken here.
+"""
+
+from hf_cka.representations.pooling import SINK_TOKENS, Pooling, default_pooling, pool, resolve_pooling
+from hf_cka.representations.readouts import Readouts, collect, stream_cka
+from hf_cka.representations.running import check_runnable, evaluating, forward, run, token_mask, unwrap
+
+__all__ = [
+    "SINK_TOKENS",
+    "Pooling",
+    "Readouts",
+    "check_runnable",
+    "collect",
+    "default_pooling",
+    "evaluating",
+    "forward",
+    "pool",
+    "resolve_pooling",
+    "run",
+    "stream_cka",
+    "token_mask",
+    "unwrap",
+]

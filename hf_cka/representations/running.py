@@ -1,0 +1,264 @@
+"""One pass of a model over batches, with hooks that pool what enters and leaves each layer.
+
+The model is only looked at: its mode is put back and every hook removed, whatever happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_cka.anatomy import Anatomy
+from hf_cka.data import Batch, CalibrationInfo, sample_digests
+from hf_cka.representations.pooling import Pooling, pool
+
+
+class Consumer(Protocol):
+    """Takes the pooled readouts of one batch: one ``(rows, hidden_size)`` tensor per distinct point."""
+
+    def __call__(self, points: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]]) -> None: ...
+
+
+@dataclass
+class Counted:
+    """Counts samples and tokens as they pass, and the digest of what they were."""
+
+    num_samples: int = 0
+    num_tokens: int = 0
+    digests: list[str] = field(default_factory=list)
+
+    def add(self, batch: Batch, mask: torch.Tensor) -> None:
+        self.num_samples += len(mask)
+        self.num_tokens += int(mask.sum())
+        ids = batch.get("input_ids")
+        self.digests += sample_digests(ids, mask) if isinstance(ids, torch.Tensor) else [""] * len(mask)
+
+    def merged(self, others: Sequence[Counted]) -> Counted:
+        """Return the sum of the counts of several processes."""
+        return Counted(
+            sum(o.num_samples for o in others),
+            sum(o.num_tokens for o in others),
+            [digest for o in others for digest in o.digests],
+        )
+
+    def info(self, batches: Any) -> CalibrationInfo:
+        digest = hashlib.sha256("".join(sorted(self.digests)).encode()).hexdigest()[:16]
+        origin = {key: getattr(batches, key, None) for key in ("source", "seed", "max_length")}
+        return CalibrationInfo(self.num_samples, self.num_tokens, digest, **origin)
+
+
+def run(
+    anatomy: Anatomy,
+    batches: Iterable[Batch],
+    pooling: Pooling,
+    consumer: Consumer,
+    *,
+    progress: bool = True,
+    description: str = "calibration",
+) -> Counted:
+    """Run the model over the batches and hand every batch's pooled readouts to a consumer.
+
+    Args:
+        anatomy: of the model.
+        batches: model-ready dicts.
+        pooling: how tokens become rows.
+        consumer: called once a batch with the distinct points and each layer's (input, output) indices.
+        progress: show a bar.
+        description: its label.
+
+    Returns:
+        What was counted.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`collect`.
+    """
+    check_runnable(anatomy.model)
+    counted = Counted()
+    tap = _Tap(anatomy, pooling)
+    with evaluating(anatomy.model), tap.attached(), torch.no_grad():
+        for index, batch in enumerate(tqdm(batches, desc=description, unit="batch", disable=not progress, delay=2)):
+            mask = token_mask(batch, index)
+            tap.start(mask)
+            forward(anatomy, batch)
+            points, pairs = tap.finish()
+            _check_finite(points, pairs, index)
+            consumer(points, pairs)
+            counted.add(batch, mask)
+    if not counted.num_samples and not distributed():
+        raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
+    return counted
+
+
+def check_runnable(model: nn.Module) -> None:
+    """Refuse a model that cannot do a forward pass here.
+
+    Raises:
+        ValueError: if weights are on the meta device and nothing (``device_map`` offloading) brings them back.
+        RuntimeError: under DeepSpeed ZeRO-3.
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "DeepSpeed ZeRO-3 has split the weights, and no forward pass is possible before training starts. "
+            "Select first, without DeepSpeed: `hf-cka select --model ... --output cka.yaml`, then pass its modules."
+        )
+    if getattr(model, "hf_device_map", None) is None:
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"The weights are on the meta device (first: {name}), so there is nothing to measure. Load them "
+                    "with from_pretrained, or select on a loaded copy of the model."
+                )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and each back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def token_mask(batch: Batch, index: int = 0) -> torch.Tensor:
+    """Return which positions of a batch hold tokens, ``(batch, tokens)``, on the CPU.
+
+    Args:
+        batch: a model-ready dict; without ``attention_mask`` every position counts.
+        index: of the batch, for the message.
+
+    Raises:
+        ValueError: if it is no dict of tensors, the mask is not 2-D, or a row is all padding.
+    """
+    if not hasattr(batch, "keys"):
+        raise ValueError(f"Batch {index} is a {type(batch).__name__}; a dict with input_ids is needed.")
+    given = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(given, torch.Tensor) or given.ndim < 2:
+        raise ValueError(
+            f"Batch {index} needs input_ids (batch, tokens) or inputs_embeds as a tensor; "
+            f"its keys are: {', '.join(batch)}."
+        )
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(given.shape[:2], dtype=torch.bool)
+    if mask.ndim != 2:
+        raise ValueError(f"attention_mask of batch {index} has shape {tuple(mask.shape)}; (batch, tokens) is needed.")
+    mask = mask.cpu() != 0
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Batch {index} has rows that are all padding: {empty}. Leave empty texts out.")
+    return mask
+
+
+def forward(anatomy: Anatomy, batch: Batch) -> Any:
+    """Run one batch, without cache, labels or (where the batch allows) the head.
+
+    The backbone alone is run when it takes all the batch holds: the logits of a language model would cost more
+    memory than everything that is measured.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "label", "use_cache")}
+    accepted = inspect.signature(anatomy.backbone.forward).parameters
+    module = anatomy.backbone if inputs.keys() <= accepted.keys() else anatomy.model
+    device = next(anatomy.embedding.parameters()).device
+    if device.type == "meta":  # offloaded: the hooks of the device map bring inputs where they belong
+        device = torch.device("cpu")
+    inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    if "use_cache" in inspect.signature(module.forward).parameters:
+        inputs["use_cache"] = False
+    return module(**inputs)
+
+
+class _Tap:
+    """Hooks that pool each layer's input and output during one forward pass."""
+
+    def __init__(self, anatomy: Anatomy, pooling: Pooling) -> None:
+        self.anatomy = anatomy
+        self.pooling = pooling
+        self.mask = torch.empty(0)
+        self.points: list[torch.Tensor] = []
+        self.pairs: list[tuple[int, int]] = []
+        self.entered = -1
+        self.last: tuple[torch.Tensor, int] | None = None  # what left the layer before, unpooled, and its index
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = []
+        try:
+            for layer in self.anatomy.layers:
+                handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+                handles.append(layer.register_forward_hook(self._after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.last = None
+
+    def start(self, mask: torch.Tensor) -> None:
+        self.mask = mask
+        self.points, self.pairs, self.last = [], [], None
+
+    def finish(self) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        self.last = None
+        if len(self.pairs) != self.anatomy.num_layers:
+            raise RuntimeError(
+                f"{len(self.pairs)} of {self.anatomy.num_layers} layers ran in the forward pass; "
+                "layers that are skipped at random (layerdrop) or compiled away cannot be read."
+            )
+        return self.points, self.pairs
+
+    def _add(self, hidden: torch.Tensor) -> int:
+        self.points.append(pool(hidden, self.mask.to(hidden.device), self.pooling))
+        return len(self.points) - 1
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.entered = self.last[1] if self.last is not None and hidden is self.last[0] else self._add(hidden)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        left = self._add(hidden)
+        self.pairs.append((self.entered, left))
+        self.last = (hidden, left)
+
+
+def distributed() -> bool:
+    """Say whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _check_finite(points: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]], index: int) -> None:
+    # One flag per point is read at once: a sync per point would stall an accelerator.
+    finite = torch.stack([point.isfinite().all().to(points[0].device) for point in points]).tolist()
+    if all(finite):
+        return
+    for layer, (entered, left) in enumerate(pairs):
+        for where, point in (("input", entered), ("output", left)):
+            if not finite[point]:
+                rows = (~points[point].isfinite().all(dim=1)).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"The {where} of layer {layer} holds NaN or infinite values (batch {index}, rows {rows[:8]}). "
+                    "Load the model in bfloat16 or float32 instead of float16, or leave those samples out."
+                )

@@ -1,0 +1,248 @@
+"""The criteria that score layers, and the choice from their scores."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.data import Batch, CalibrationInfo
+from hf_cka.lookup import lookup
+from hf_cka.representations import Pooling, Readouts, collect, resolve_pooling, stream_cka, unwrap
+from hf_cka.selection.record import LayerSelection, ranking
+from hf_cka.similarity import RBF, SimilarityResult, measure, pairwise_similarity
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a criterion returns: one score, error and status a layer; higher matters more."""
+
+    scores: tuple[float | None, ...]
+    errors: tuple[float | None, ...]
+    status: tuple[str, ...]
+
+
+def select_layers(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    keep_ratio: float = 0.5,
+    *,
+    criterion: str = "cka",
+    kernel: str | RBF = "linear",
+    estimator: str = "debiased",
+    pooling: str | Pooling = "auto",
+    paper: bool = False,
+    exclude: Sequence[int] = (),
+    seed: int = 0,
+    progress: bool = True,
+) -> LayerSelection:
+    """Choose the layers that matter, in one pass over the calibration batches.
+
+    Keeps the ``floor(keep_ratio * num_layers)`` layers with the highest score; equal scores keep the lower layer.
+    A layer whose representation is constant or noise has no score and is taken only when too few others are left.
+
+    Args:
+        model: a transformers model, or a PEFT model around one. It is left as it was.
+        batches: model-ready dicts, read once; not needed for ``random``, ``first``, ``last`` and ``all``.
+        keep_ratio: share of the layers to keep, above 0 and at most 1.
+        criterion: ``cka``, ``block_influence``, ``random``, ``first``, ``last`` or ``all``.
+        kernel: of CKA: ``"linear"``, ``"rbf"`` or an :class:`hf_cka.similarity.RBF`.
+        estimator: of CKA: ``"debiased"`` or ``"biased"``.
+        pooling: ``"auto"`` (last token for decoders, mean for encoders), ``"last"``, ``"cls"``, ``"mean"``,
+            ``"tokens"`` or a :class:`hf_cka.representations.Pooling`.
+        paper: reproduce arXiv 2602.05988: biased linear CKA, CLS for encoders and last token for decoders, and never
+            the first layer of an encoder.
+        exclude: layers that are never chosen.
+        seed: of ``random``.
+        progress: show a bar.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: for a ratio that keeps nothing or is above 1, an unknown criterion, layers to exclude that do not
+            exist, missing or empty calibration, an unsupported model, and as :func:`hf_cka.collect`.
+        RuntimeError: under DeepSpeed ZeRO-3.
+
+    Example:
+        >>> selection = select_layers(model, batches, keep_ratio=0.5)  # doctest: +SKIP
+        >>> config = LoraConfig(r=16, **selection.lora_kwargs())  # doctest: +SKIP
+    """
+    score = lookup(CRITERIA, criterion, "criterion")
+    anatomy = find_anatomy(unwrap(model))
+    if paper:
+        if criterion != "cka" or kernel != "linear":
+            raise ValueError(f"paper=True is linear CKA; got criterion={criterion!r}, kernel={kernel!r}.")
+        estimator = "biased"
+        pooling = "last" if anatomy.kind == "decoder" else "cls"
+        if anatomy.kind == "encoder":
+            exclude = (*exclude, 0)
+    exclude = tuple(sorted(set(exclude)))
+    count = _count(keep_ratio, anatomy.num_layers, exclude, criterion)
+    rule = resolve_pooling(pooling, anatomy.kind)
+    question = _Question(model, anatomy, batches, kernel, estimator, rule, seed, progress)
+    result, calibration = score(question)
+    # Every process must adapt the same layers, or training would hang: the first one decides.
+    result = _from_first_process(result)
+    order = [i for i in ranking(result.scores) if i not in exclude]
+    order += [i for i in range(anatomy.num_layers) if i not in order and i not in exclude]
+    measured = calibration is not None
+    settings: dict[str, Any] = {"exclude": list(exclude), "paper": paper}
+    if measured:
+        settings["pooling"] = asdict(rule)
+    if criterion == "cka":
+        settings |= {"estimator": estimator, "kernel": kernel if isinstance(kernel, str) else repr(kernel)}
+    if criterion == "random":
+        settings["seed"] = seed
+    return LayerSelection(
+        layers=tuple(sorted(order[:count])),
+        scores=result.scores,
+        errors=result.errors,
+        status=result.status,
+        criterion=criterion,
+        keep_ratio=keep_ratio,
+        model_type=str(getattr(anatomy.model.config, "model_type", "")),
+        layers_path=anatomy.layers_path,
+        projections=anatomy.linear_names,
+        ambiguous=_ambiguous(anatomy),
+        settings=settings,
+        calibration=calibration,
+    )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What a criterion may look at."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    batches: Iterable[Batch] | None
+    kernel: str | RBF
+    estimator: str
+    pooling: Pooling
+    seed: int
+    progress: bool
+
+    def data(self) -> Iterable[Batch]:
+        if self.batches is None:
+            raise ValueError(
+                "This criterion measures the model: pass calibration batches, for example "
+                "hf_cka.calibration(texts, tokenizer)."
+            )
+        return self.batches
+
+    def readouts(self) -> Readouts:
+        return collect(self.model, self.data(), pooling=self.pooling, progress=self.progress)
+
+
+_Answer = tuple[Scores, CalibrationInfo | None]
+
+
+def _cka(question: _Question) -> _Answer:
+    if question.pooling.kind == "tokens":
+        if question.kernel != "linear":
+            raise ValueError(f"Streamed token statistics are linear CKA only; got kernel={question.kernel!r}.")
+        result, info = stream_cka(question.model, question.data(), pooling=question.pooling, progress=question.progress)
+        pairs = result.pairs
+    else:
+        readouts = question.readouts()
+        features, pairs = readouts.distinct()
+        info = readouts.info
+        result = pairwise_similarity(features, pairs=pairs, kernel=question.kernel, estimator=question.estimator)
+    values = result.biased if question.estimator == "biased" else result.debiased
+    return _from_similarity(result, pairs, np.asarray(values)), info
+
+
+def _block_influence(question: _Question) -> _Answer:
+    readouts = question.readouts()
+    change = measure("block_influence")
+    scores = tuple(
+        _or_none(change(entered, left)) for entered, left in zip(readouts.inputs, readouts.outputs, strict=True)
+    )
+    return Scores(scores, (None,) * len(scores), ("ok",) * len(scores)), readouts.info
+
+
+def _from_similarity(result: SimilarityResult, pairs: Sequence[tuple[int, int]], values: np.ndarray) -> Scores:
+    errors = result.standard_error
+    status = []
+    for entered, left in pairs:
+        bad = [s for s in (result.status[entered], result.status[left]) if s != "ok"]
+        status.append(bad[0] if bad else "ok")
+    return Scores(
+        scores=tuple(_or_none(1.0 - value) for value in values),
+        errors=tuple(None if errors is None else _or_none(error) for error in errors),
+        status=tuple(status),
+    )
+
+
+def _positions(order: Callable[[int, int], list[float]]) -> Callable[[_Question], _Answer]:
+    def score(question: _Question) -> _Answer:
+        count = question.anatomy.num_layers
+        return Scores(tuple(order(count, question.seed)), (None,) * count, ("ok",) * count), None
+
+    return score
+
+
+def _shuffled(count: int, seed: int) -> list[float]:
+    return [float(i) for i in random.Random(seed).sample(range(count), count)]
+
+
+# Each returns scores for which higher matters more. The last four look at no data: they are the controls.
+CRITERIA: dict[str, Callable[[_Question], _Answer]] = {
+    "cka": _cka,
+    "block_influence": _block_influence,
+    "random": _positions(_shuffled),
+    "first": _positions(lambda count, seed: [float(-i) for i in range(count)]),
+    "last": _positions(lambda count, seed: [float(i) for i in range(count)]),
+    "all": _positions(lambda count, seed: [0.0] * count),
+}
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _count(keep_ratio: float, layers: int, exclude: Sequence[int], criterion: str) -> int:
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must be above 0 and at most 1, got {keep_ratio}.")
+    strange = [i for i in exclude if not 0 <= i < layers]
+    if strange:
+        raise ValueError(f"exclude names layers {strange}, but the model has layers 0 to {layers - 1}.")
+    if criterion == "all":
+        return layers - len(exclude)
+    # The small addition makes 0.29 * 100 twenty-nine: floats fall just below.
+    count = math.floor(keep_ratio * layers + 1e-9)
+    if count < 1:
+        raise ValueError(
+            f"keep_ratio={keep_ratio} of {layers} layers keeps none; use at least {math.ceil(1e4 / layers) / 1e4}."
+        )
+    return min(count, layers - len(exclude))
+
+
+def _ambiguous(anatomy: Anatomy) -> bool:
+    """Say whether PEFT's rule (layer pattern, number, suffix) would reach modules outside these layers."""
+    pattern = anatomy.layers_path.rpartition(".")[2]
+    inside = f"{anatomy.layers_path}."
+    rule = re.compile(rf"(?:^|.*?\.){re.escape(pattern)}\.\d+\.")
+    return any(
+        rule.match(name) and any(name.endswith(f".{p}") for p in anatomy.linear_names)
+        for name, _ in anatomy.model.named_modules()
+        if not name.startswith(inside)
+    )
+
+
+def _from_first_process(result: Scores) -> Scores:
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return result
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
