@@ -1,1 +1,1 @@
-"""Remove layers, sub-layers, heads and units: what to remove (criteria), a plan of it (plan), and doing it (surgery)."""
+"""Remove layers, sub-layers, heads and units: criteria score them, a plan names them, surgery removes them."""
