@@ -1,0 +1,11 @@
+"""Representation similarity: pure mathematics on feature matrices ``(n_samples, n_features)``.
+
+Models and tokenizers never belong here.
+"""
+
+from hf_cka.similarity.kernels import RBF
+from hf_cka.similarity.pairwise import cka, pairwise_similarity
+from hf_cka.similarity.planner import Plan
+from hf_cka.similarity.result import SimilarityResult
+
+__all__ = ["RBF", "Plan", "SimilarityResult", "cka", "pairwise_similarity"]
