@@ -7,5 +7,6 @@ from hf_cka.similarity.kernels import RBF
 from hf_cka.similarity.pairwise import cka, pairwise_similarity
 from hf_cka.similarity.planner import Plan
 from hf_cka.similarity.result import SimilarityResult
+from hf_cka.similarity.streaming import StreamingCKA
 
-__all__ = ["RBF", "Plan", "SimilarityResult", "cka", "pairwise_similarity"]
+__all__ = ["RBF", "Plan", "SimilarityResult", "StreamingCKA", "cka", "pairwise_similarity"]

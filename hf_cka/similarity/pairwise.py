@@ -133,11 +133,11 @@ def pairwise_similarity(
             if again:
                 plan = replace(plan, repeated=again)
                 found = _repeat(tensors, wanted, chosen_kernel, plan, with_rows, found)
-    return _result(found, wanted, estimator, plan, n)
+    return similarity_result(found, wanted, estimator, plan, n)
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     estimates: Estimates
     error: np.ndarray
     status: tuple[str, ...]
@@ -147,7 +147,7 @@ class _Found:
 
 def _compute(
     tensors: Sequence[torch.Tensor], pairs: Sequence[Pair], kernel: Kernel, plan: Plan, with_rows: bool
-) -> _Found:
+) -> Found:
     layers = [centre(x, i, plan.dtype, plan.keep_centred) for i, x in enumerate(tensors)]
     n, count = layers[0].n, len(layers)
     status = [layer.status for layer in layers]
@@ -181,14 +181,14 @@ def _compute(
     error = np.full(len(pairs), np.nan)
     if rows is not None:
         error = standard_error(rows[:count], rows[count:], pairs)
-    found = _Found(
+    found = Found(
         estimates,
         error,
         tuple(status),
         tuple(layer.signal_ratio for layer in layers),
         tuple(layer.top_sample_share for layer in layers),
     )
-    return _without_empty_debiased(found, pairs, plan)
+    return without_empty_debiased(found, pairs, plan)
 
 
 def _sums(grams: list[Gram], layers: list[Centred], jobs: list[Pair], plan: Plan, with_rows: bool) -> Sums:
@@ -201,10 +201,10 @@ def _sums(grams: list[Gram], layers: list[Centred], jobs: list[Pair], plan: Plan
 
 def _rounding(kappa: np.ndarray, plan: Plan, eps: float) -> np.ndarray:
     """Estimate the rounding error of a debiased value: feature space cancels to U, tiles are U-centred one by one."""
-    return eps * np.abs(kappa if plan.space == "feature" else np.sqrt(np.abs(kappa)))
+    return eps * np.abs(np.sqrt(np.abs(kappa)) if plan.space == "sample" else kappa)
 
 
-def _inexact_layers(found: _Found, plan: Plan) -> tuple[int, ...]:
+def _inexact_layers(found: Found, plan: Plan) -> tuple[int, ...]:
     """Layers whose debiased values would carry more rounding than the budget."""
     kappa = found.estimates.kappa
     if np.isnan(kappa).all():
@@ -214,7 +214,7 @@ def _inexact_layers(found: _Found, plan: Plan) -> tuple[int, ...]:
     return tuple(int(i) for i in np.flatnonzero(bad))
 
 
-def _without_empty_debiased(found: _Found, pairs: Sequence[Pair], plan: Plan) -> _Found:
+def without_empty_debiased(found: Found, pairs: Sequence[Pair], plan: Plan) -> Found:
     """Replace debiased values by NaN where U(K) is zero up to rounding, and say so in the status.
 
     It happens when all samples are equally far from each other, or all but one coincide.
@@ -234,8 +234,8 @@ def _without_empty_debiased(found: _Found, pairs: Sequence[Pair], plan: Plan) ->
 
 
 def _repeat(
-    tensors: Sequence[torch.Tensor], pairs: Sequence[Pair], kernel: Kernel, plan: Plan, with_rows: bool, found: _Found
-) -> _Found:
+    tensors: Sequence[torch.Tensor], pairs: Sequence[Pair], kernel: Kernel, plan: Plan, with_rows: bool, found: Found
+) -> Found:
     """Compute the pairs of ``plan.repeated`` layers in float64, and put them in place of the float32 ones."""
     touched = [p for p, pair in enumerate(pairs) if set(pair) & set(plan.repeated)]
     needed = sorted({i for p in touched for i in pairs[p]} | set(plan.repeated))
@@ -261,7 +261,7 @@ def _repeat(
     )
 
 
-def _result(found: _Found, pairs: tuple[Pair, ...], estimator: str, plan: Plan, n: int) -> SimilarityResult:
+def similarity_result(found: Found, pairs: tuple[Pair, ...], estimator: str, plan: Plan, n: int) -> SimilarityResult:
     diagnostics = tuple(
         {
             "signal_ratio": found.signal_ratio[i],
