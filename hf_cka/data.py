@@ -142,26 +142,43 @@ def load_rows(dataset: str, split: str = "train") -> Any:
         A ``datasets.Dataset``. A txt file gives one row a paragraph, in the column ``text``.
 
     Raises:
-        FileNotFoundError: if it looks like a file and is not there.
-        ValueError: if the file is of another kind.
+        FileNotFoundError, ValueError: as :func:`file_builder`.
         ImportError: without the ``datasets`` library.
     """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError("Reading datasets needs the datasets library: pip install 'hf_cka[data]'") from error
-    path = Path(dataset).expanduser()
-    if path.suffix.lower() in _FILE_BUILDERS or path.exists():
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no file {dataset!r}. Give a {', '.join(_FILE_BUILDERS)} file or a Hub id."
-            )
-        if path.suffix.lower() not in _FILE_BUILDERS:
-            raise ValueError(f"Cannot read {dataset!r}: its suffix is none of {', '.join(_FILE_BUILDERS)}.")
-        builder, options = _FILE_BUILDERS[path.suffix.lower()]
-        return load_dataset(builder, data_files=str(path), split="train", **options)
+    builder = file_builder(dataset)
+    if builder is not None:
+        name, options = builder
+        return load_dataset(name, data_files=str(Path(dataset).expanduser()), split="train", **options)
     name, _, configuration = dataset.partition(":")
     return load_dataset(name, configuration or None, split=split)
+
+
+def file_builder(dataset: str) -> tuple[str, dict[str, Any]] | None:
+    """Return the builder of the ``datasets`` library for a local file, and its options; None for a Hub id.
+
+    Raises:
+        FileNotFoundError: if it looks like a file and is not there.
+        ValueError: if the file is of another kind.
+
+    Example:
+        >>> file_builder("stanfordnlp/imdb")
+        >>> file_builder("nowhere.jsonl")
+        Traceback (most recent call last):
+        FileNotFoundError: There is no file 'nowhere.jsonl'. Give a .txt, ... file or a Hub id.
+    """
+    path = Path(dataset).expanduser()
+    suffix = path.suffix.lower()
+    if suffix not in _FILE_BUILDERS and not path.exists():
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {dataset!r}. Give a {', '.join(_FILE_BUILDERS)} file or a Hub id.")
+    if suffix not in _FILE_BUILDERS:
+        raise ValueError(f"Cannot read {dataset!r}: its suffix is none of {', '.join(_FILE_BUILDERS)}.")
+    return _FILE_BUILDERS[suffix]
 
 
 def row_text(row: str | Row, tokenizer: PreTrainedTokenizerBase | None = None, text_column: str | None = None) -> str:
