@@ -9,17 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from hf_cka.modeling.register import register as _register
+
 __version__ = "0.1.0"
 
 # public name -> the room it lives in
 _PUBLIC = {
     "CKALoraConfig": "hf_cka.lora",
     "LayerSelection": "hf_cka.selection",
+    "PruningPlan": "hf_cka.pruning.plan",
+    "apply_plan": "hf_cka.pruning.surgery",
     "calibration": "hf_cka.data",
     "cka": "hf_cka.similarity",
     "collect": "hf_cka.representations",
     "find_anatomy": "hf_cka.anatomy",
+    "load_pruned": "hf_cka.modeling",
+    "save_pruned": "hf_cka.modeling",
     "select_layers": "hf_cka.selection",
+    "verify": "hf_cka.modeling",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -35,3 +42,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# AutoConfig and the auto classes know pruned checkpoints from now on; costs nothing until they are used
+_register()

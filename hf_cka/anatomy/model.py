@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cka.anatomy.families import FAMILIES, LLAMA, Family
+from hf_cka.lookup import lookup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -216,6 +217,23 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def family_of_config(config: Any) -> Family:
+    """Return the entry for a config, where there is no model to look at.
+
+    Args:
+        config: the config of the layers (for a model with several towers, that of the text model).
+
+    Raises:
+        ValueError: if the family is not in the table.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> family_of_config(BertConfig()).kind
+        'encoder'
+    """
+    return _variant(lookup(FAMILIES, _family_name(config), "family"), config)
+
+
 def _unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, DDP and PEFT; told by what they have, so that none needs importing."""
     while True:
@@ -245,6 +263,8 @@ def _variant(family: Family, config: Any) -> Family:
         # opt-350m normalises after the residual sum
         norms = family.attention_norms + family.mlp_norms
         return replace(family, attention_norms=(), mlp_norms=(), stream_norms=norms, final_norm=None)
+    if family.name == "phi" and config.qk_layernorm:
+        return replace(family, head_dim=None)  # these norms are built hidden_size / heads wide
     return family
 
 

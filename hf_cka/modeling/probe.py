@@ -1,0 +1,155 @@
+"""Run in a fresh process: load checkpoints as a user would, and report what they compute. torch and transformers only.
+
+    python -P probe.py REQUEST.json ANSWER.json
+
+The request is a list of jobs: {"folder", "way", "inputs", "logits", "attention", "device", "threads", "precision"}.
+`way` is "stock" (transformers alone), "remote" (the file that travels with the checkpoint, hf_cka not importable) or
+"package" (after `import hf_cka`). The answer is one dict per job.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+# How far logits of cached and uncached decoding may differ, relative to the largest: other matrix shapes round
+# differently. Reading a wrong or missing cache entry is orders of magnitude above this.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+NEW_TOKENS = 10
+
+
+def auto_class(architecture: str) -> Any:
+    """The auto class that loads an architecture."""
+    from transformers.models.auto import modeling_auto
+
+    stock = architecture.removeprefix("Pruned")
+    for auto, names in (
+        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("AutoModelForSequenceClassification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        ("AutoModelForTokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+        ("AutoModelForQuestionAnswering", modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ):
+        if stock in names.values():
+            return getattr(transformers, auto)
+    return transformers.AutoModel
+
+
+def load(job: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load the checkpoint of a job; returns the model and the loading report."""
+    folder = Path(job["folder"])
+    config = json.loads((folder / "config.json").read_text())
+    architecture = (config.get("architectures") or [""])[0]
+    loader = auto_class(architecture)
+    if loader is transformers.AutoModel and job["way"] == "stock":
+        loader = getattr(transformers, architecture, loader)  # a head that has no auto class of its own
+    extra: dict[str, Any] = {"trust_remote_code": True} if job["way"] == "remote" else {}
+    if job.get("attention"):
+        extra["attn_implementation"] = job["attention"]
+    if job.get("device") == "auto":
+        extra["device_map"] = "auto"
+    model, report = loader.from_pretrained(folder, dtype="auto", output_loading_info=True, **extra)
+    if job.get("device") not in (None, "auto"):
+        model = model.to(job["device"])
+    return model.eval(), report
+
+
+def first_output(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits, or whatever a model without a head returns first; without a cache."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    if model.can_generate():
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def compare_generation(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Greedy generation with a dynamic cache and with a static one, each against none; "" where they agree."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    common = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "pad_token_id": 0,
+        # a static cache is compiled on accelerators, which takes minutes and proves nothing here
+        "disable_compile": True,
+    }
+    plain = model.generate(**inputs, **common, use_cache=False)
+    found = {}
+    for name, extra in (("cached", {}), ("static", {"cache_implementation": "static"})):
+        try:
+            other = model.generate(**inputs, **common, **extra)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+            continue
+        found[name] = difference(plain, other, inputs["input_ids"].shape[1], TOLERANCE.get(model.dtype, 1e-1))
+    return found
+
+
+def difference(plain: Any, other: Any, start: int, tolerance: float) -> str:
+    """Say how two greedy generations differ beyond rounding, or ""."""
+    for row in range(plain.sequences.shape[0]):
+        for step in range(NEW_TOKENS):
+            one, two = plain.logits[step][row].double(), other.logits[step][row].double()
+            scale = one.abs().max()
+            gap = float((one - two).abs().max() / scale)
+            if not gap <= tolerance:
+                return f"row {row}, new token {step}: logits differ by {gap:.2g} of the largest"
+            ours, theirs = plain.sequences[row, start + step], other.sequences[row, start + step]
+            if ours != theirs:
+                margin = float((one[ours] - one[theirs]).abs() / scale)
+                if margin > tolerance:
+                    return f"row {row}, new token {step}: {int(theirs)} instead of {int(ours)}"
+                break  # a tie within rounding; from here on the texts differ for a good reason
+    return ""
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Do one job; an error becomes part of the answer."""
+    torch.set_num_threads(job.get("threads") or torch.get_num_threads())
+    torch.set_float32_matmul_precision(job.get("precision") or "highest")
+    answer: dict[str, Any] = {"folder": job["folder"], "way": job["way"]}
+    try:
+        model, report = load(job)
+        answer["class"] = type(model).__name__
+        answer["parameters"] = sum(p.numel() for p in model.parameters())
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            answer[kind] = sorted(map(str, report.get(kind) or ()))
+        inputs = load_file(job["inputs"])
+        output = first_output(model, inputs)
+        answer["finite"] = bool(output.isfinite().all())
+        if job.get("logits"):
+            save_file({"logits": output.cpu().contiguous()}, job["logits"])
+        answer["generation"] = compare_generation(model, inputs) if model.can_generate() else {}
+    except Exception as error:
+        answer["error"] = f"{type(error).__name__}: {error}"
+    return answer
+
+
+def main() -> None:
+    """Read the request, do the jobs that need no hf_cka first, write the answers."""
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    order = sorted(range(len(jobs)), key=lambda i: jobs[i]["way"] == "package")
+    answers: list[Any] = [None] * len(jobs)
+    sys.modules["hf_cka"] = None  # type: ignore[assignment]
+    for index in order:
+        if jobs[index]["way"] == "package" and sys.modules.get("hf_cka", False) is None:
+            del sys.modules["hf_cka"]
+            import hf_cka  # noqa: F401
+        answers[index] = run(jobs[index])
+    Path(sys.argv[2]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Apply a plan to a model in memory: remove what it names, renumber the rest, and say so in the config.
+
+Choosing what to remove, repairing and training what is left, and files never belong here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.pruning.plan import PruningPlan
+
+
+def apply_plan(model: Any, plan: PruningPlan) -> Any:
+    """Remove from a model, in place, what a plan names.
+
+    Whole layers leave a stock model. Uniform widths do too where the stock config can say them. Otherwise the model
+    and its config become the `Pruned...` subclass of their own class, which saves and loads like any other. The dense
+    weights are freed; parameters that shrink are new objects, so make the optimizer afterwards. `config.pruning`
+    holds the plan by original index, extended when a pruned model is pruned again.
+
+    The result equals the dense model with the same parts zeroed, except for OLMo2's query and key norms, which span
+    all heads: their mean square is over the heads that are left.
+
+    Args:
+        model: a `PreTrainedModel` with any head, without adapters.
+        plan: what to remove.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the plan does not fit, or the model holds adapters, or has quantized projections that would
+            have to be cut; before anything is changed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     num_hidden_layers=3, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
+        ... )
+        >>> model = apply_plan(
+        ...     LlamaForCausalLM(config), PruningPlan(num_layers=3, model_type="llama", removed_layers=(1,))
+        ... )
+        >>> type(model).__name__, model.config.num_hidden_layers
+        ('LlamaForCausalLM', 2)
+    """
+    from hf_cka.modeling import modeling_hf_cka as code
+    from hf_cka.modeling.structure import reshaped_config
+
+    anatomy = find_anatomy(model)
+    model = anatomy.model
+    _refuse_adapters(model)
+    shapes = plan.shapes(anatomy)
+    _refuse_packed(anatomy, plan)
+    new = reshaped_config(anatomy.family, anatomy.config, shapes)
+    if hasattr(new, "base_model_type") and anatomy.config is not model.config:
+        raise ValueError(
+            f"{type(model).__name__} holds the layers in {anatomy.backbone_path!r}. Only whole layers and uniform "
+            "widths can be removed there; prune the text model on its own for sub-layers and uneven widths."
+        )
+    record = _record(anatomy, plan)
+
+    # From here on nothing can fail for a reason of the caller's.
+    layout = anatomy.family.to_dict()
+    before = {shape.source: anatomy.sizes(shape.source) for shape in shapes}
+    skipped = {shape.source: anatomy.skipped(shape.source) for shape in shapes}
+    layers = [anatomy.layer(shape.source) for shape in shapes]
+    for position, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
+        for which in shape.skip:
+            if which not in skipped[shape.source]:
+                code.skip_sublayer(layer, layout, which)
+        sizes = before[shape.source]
+        if shape.source in plan.kept_groups and "attention" not in shape.skip:
+            code.keep_groups(layer, layout, plan.kept_groups[shape.source], sizes.num_heads, sizes.num_kv_heads)
+        if shape.source in plan.kept_units and "mlp" not in shape.skip:
+            code.keep_units(layer, layout, plan.kept_units[shape.source])
+        if hasattr(new, "base_model_type"):
+            code.own_config(layer, layout, shape.num_heads, shape.num_kv_heads)
+        _renumber(layer, position)
+    _set_layers(anatomy, layers)
+    # in place: every attention module holds this very object
+    anatomy.config.__class__ = type(new)
+    anatomy.config.__dict__.clear()
+    anatomy.config.__dict__.update(new.__dict__)
+    anatomy.config.pruning = record
+    anatomy.config.pruning["parameters_after"] = _num_parameters(model)
+    for module in {id(m): m for m in (model, anatomy.backbone)}.values():
+        stock = getattr(type(module), "stock_class", type(module))
+        module.__class__ = code.model_class(stock) if hasattr(new, "base_model_type") else stock
+    return model
+
+
+def _renumber(layer: nn.Module, index: int) -> None:
+    """Caches find a layer by this number; a stale one raises in `generate`, or reads another layer's cache."""
+    for module in layer.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = index  # type: ignore[assignment]
+
+
+def _set_layers(anatomy: Anatomy, layers: list[nn.Module]) -> None:
+    parent, _, name = anatomy.family.layers.rpartition(".")
+    holder = anatomy.backbone.get_submodule(parent)
+    setattr(holder, name, nn.ModuleList(layers))
+    if isinstance(getattr(holder, "n_layers", None), int):
+        holder.n_layers = len(layers)  # type: ignore[assignment]
+
+
+def _num_parameters(model: nn.Module) -> int:
+    """Parameters of the model; tied ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _record(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
+    """What `config.pruning` will say: the plan by original index, and what it did to the widths."""
+    from hf_cka import __version__
+    from hf_cka.modeling.structure import layer_shapes
+
+    old = getattr(anatomy.config, "pruning", None) or {}
+    whole = PruningPlan.from_dict(old["plan"]).then(plan) if "plan" in old else plan
+    widths = old.get("widths_before") or {
+        "num_key_value_heads": [s.num_kv_heads for s in layer_shapes(anatomy.family, anatomy.config)],
+        "intermediate_size": [s.intermediate_size for s in layer_shapes(anatomy.family, anatomy.config)],
+    }
+    return {
+        **old,
+        "format_version": 1,
+        "hf_cka_version": __version__,
+        "plan": whole.to_dict(),
+        "widths_before": widths,
+        "parameters_before": old.get("parameters_before", _num_parameters(anatomy.model)),
+    }
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The model holds adapters, whose layers would not follow the surgery. Merge them first "
+            "(`model = peft_model.merge_and_unload()`) or drop them (`peft_model.unload()`)."
+        )
+
+
+def _refuse_packed(anatomy: Anatomy, plan: PruningPlan) -> None:
+    """Quantized weights do not show their shape, and their rows cannot be picked."""
+    for index in sorted({*plan.kept_groups, *plan.kept_units}):
+        for role, path in anatomy.projections(index).items():
+            module = anatomy.layer(index).get_submodule(path)
+            weight = getattr(module, "weight", None)
+            if weight is None or not weight.is_floating_point() or weight.ndim != 2:
+                raise ValueError(
+                    f"Layer {index}'s {role} projection ({type(module).__name__}) has a packed weight that cannot be "
+                    "cut. Load the model without quantization, prune it, and quantize the result; whole layers and "
+                    "sub-layers can be removed from a quantized model."
+                )
