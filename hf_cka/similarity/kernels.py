@@ -36,7 +36,7 @@ class RBF:
     Raises:
         ValueError: if the bandwidth is not positive and finite.
 
-    Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", section 4.
+    Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited".
 
     Example:
         >>> RBF(0.8)

@@ -89,8 +89,8 @@ def pairwise_similarity(
         kernel: "linear", "rbf", or ``RBF(0.8)`` for another bandwidth.
         estimator: "debiased" or "biased": which one ``values`` holds; the result always holds both.
         precision: of the products. "auto": float64 where it costs next to nothing or rounding would show, else
-            float32; "fp64"; "fp32"; "bf16" (errors of 1e-5 to 1e-3, twice as fast on hardware that has it). Sums are
-            float64 always.
+            float32; "fp64"; "fp32" (errors below 1e-5, more where one sample dominates); "bf16" (errors of 1e-5 to
+            1e-3, twice as fast on hardware that has it). Sums are float64 always.
         memory: bytes that may be used beyond the features.
         standard_error: whether to compute the standard error of the debiased value.
 

@@ -36,7 +36,7 @@ class Moments:
         n: number of samples.
         mean: per layer ``(d_l,)``.
         energy: per layer, the sum of ``|z|^2``.
-        top: per layer ``(d_l,)``, the sample farthest from the mean.
+        top: per layer ``(2, d_l)``, the two samples farthest from the mean (of two samples alone, both are as far).
         cross: per job (i, j), ``sum z_i z_j'``, ``(d_i, d_j)``.
         third: per job, ``sum |z_i|^2 z_j`` and ``sum |z_j|^2 z_i``.
         fourth: per job, ``sum |z_i|^2 |z_j|^2``.
@@ -69,7 +69,7 @@ def moments(rows: Sequence[torch.Tensor], jobs: Sequence[tuple[int, int]]) -> Mo
         n=len(rows[0]),
         mean=mean,
         energy=[x.sum() for x in r],
-        top=[x[int(e.argmax())].clone() for x, e in zip(rows, r, strict=True)],
+        top=[x[e.topk(min(2, len(e))).indices] for x, e in zip(rows, r, strict=True)],
         cross=[z[i].T @ z[j] for i, j in jobs],
         third=[(r[i] @ z[j], r[j] @ z[i]) for i, j in jobs],
         fourth=[r[i] @ r[j] for i, j in jobs],
@@ -93,9 +93,8 @@ def join(a: Moments, b: Moments, jobs: Sequence[tuple[int, int]]) -> Moments:
     n = a.n + b.n
     mean = [p + (q - p) * (b.n / n) for p, q in zip(a.mean, b.mean, strict=True)]
     a, b = _about(a, mean, jobs), _about(b, mean, jobs)
-    far = [
-        p if (p - m).square().sum() >= (q - m).square().sum() else q for p, q, m in zip(a.top, b.top, mean, strict=True)
-    ]
+    both = [torch.cat(rows) for rows in zip(a.top, b.top, strict=True)]
+    far = [rows[(rows - m).square().sum(1).topk(2).indices] for rows, m in zip(both, mean, strict=True)]
     return Moments(
         n=n,
         mean=mean,
@@ -142,7 +141,8 @@ class StreamingCKA:
     result equals that of all samples at once to float64 rounding. Parts that saw different batches, in other processes
     too, merge exactly: send ``state_dict()``, or the object itself, which can be pickled.
 
-    Standard errors are NaN: streamed samples are tokens, and tokens of one text are not independent.
+    Standard errors are NaN: streamed samples are tokens, and tokens of one text are not independent. The diagnostic
+    ``top_sample_share`` is a lower bound, exact for a sample that dominates.
 
     Args:
         num_layers: the number of layers of every update.
@@ -254,7 +254,7 @@ class StreamingCKA:
         count, n = self.num_layers, m.n
         energy = np.array([float(e) for e in m.energy])
         away = np.array([n * float(mean @ mean) for mean in m.mean])
-        far = np.array([float((t - mean).square().sum()) for t, mean in zip(m.top, m.mean, strict=True)])
+        far = np.array([float((t - mean).square().sum(1).max()) for t, mean in zip(m.top, m.mean, strict=True)])
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = np.where(energy > 0, np.sqrt(energy / (energy + away)), 0.0)
             share = far / energy
