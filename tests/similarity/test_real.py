@@ -46,15 +46,16 @@ def test_a_token_that_never_changes_is_constant_at_every_layer(hidden_states):
 @pytest.mark.assets
 def test_streamed_tokens_of_a_real_model_equal_all_at_once(hidden_states, oracle):
     stream = StreamingCKA(len(hidden_states))
-    for rows in torch.arange(160).split(23):
+    for rows in torch.arange(40).split(7):
         stream.update([h[rows].flatten(0, 1) for h in hidden_states])
-    tokens = [h.flatten(0, 1) for h in hidden_states]
+    tokens = [h[:40].flatten(0, 1) for h in hidden_states]
     whole = pairwise_similarity(tokens, pairs="consecutive")
     np.testing.assert_allclose(stream.result().values, whole.values, atol=1e-6)
-    np.testing.assert_allclose(whole.biased[:2], [oracle(*tokens[i : i + 2], "biased") for i in (0, 1)], atol=1e-6)
+    np.testing.assert_allclose(whole.values[0], oracle(*tokens[:2]), atol=1e-6)
 
 
 def test_the_room_imports_no_model_library():
-    code = "import sys, hf_cka.similarity; print({'transformers', 'peft', 'datasets', 'matplotlib', 'scipy'} & {*sys.modules})"
+    libraries = "{'transformers', 'peft', 'datasets', 'matplotlib', 'scipy'}"
+    code = f"import sys, hf_cka.similarity; print({libraries} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
