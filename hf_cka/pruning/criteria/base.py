@@ -69,6 +69,7 @@ class DepthScores:
             so that it is never removed first, and a note that says why.
         details: further numbers per structure, for reports (each metric, each rank); NaN where undefined.
         notes: why an importance is undefined.
+        layer_calls: calls of a layer that it took, where that is counted.
 
     Raises:
         ValueError: if lengths differ or an importance is NaN.
@@ -83,6 +84,7 @@ class DepthScores:
     importance: tuple[float, ...]
     details: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     notes: Mapping[Structure, str] = field(default_factory=dict)
+    layer_calls: int = 0
 
     def __post_init__(self) -> None:
         for name, values in (("importance", self.importance), *self.details.items()):
@@ -107,6 +109,16 @@ class DepthScores:
     def of(self, structure: Structure) -> float:
         """Return the importance of one structure."""
         return self.importance[self.structures.index(structure)]
+
+    def joined(self, other: DepthScores) -> DepthScores:
+        """Return the scores of both, for disjoint structures."""
+        return DepthScores(
+            self.structures + other.structures,
+            self.importance + other.importance,
+            {name: values + other.details[name] for name, values in self.details.items()},
+            {**self.notes, **other.notes},
+            self.layer_calls + other.layer_calls,
+        )
 
     def reversed(self) -> DepthScores:
         """Return the same scores with the order turned round, as a control; undefined ones stay undefined."""
@@ -194,6 +206,8 @@ class CriterionEntry:
         needs_next_token: it reads the logits as a prediction of the next token.
         needs_labels: every batch must hold ``labels``.
         needs_gradients: it runs a backward pass.
+        lazy: a score depends on that structure and the model alone, so that some can be scored without the others,
+            and is expensive enough to do so.
     """
 
     name: str
@@ -206,6 +220,7 @@ class CriterionEntry:
     needs_next_token: bool = False
     needs_labels: bool = False
     needs_gradients: bool = False
+    lazy: bool = False
 
 
 def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Sequence[Structure] = ()) -> None:

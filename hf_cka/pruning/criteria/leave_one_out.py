@@ -1,0 +1,322 @@
+"""Leave-one-out: what the model gives without each structure, for all structures in one pass.
+
+Candidates share their prefix. While the model runs once, as it always does, candidate k forks from it at layer k, and
+every layer, as soon as it has run, is called again with its own arguments on the state of each candidate that forked
+before it. So L candidates cost L + L(L-1)/2 layer calls instead of L(L-1), each layer's weights are visited once per
+chunk of calibration rows, and every call is the one the plain loop would make, so the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from hf_cka.anatomy import Anatomy
+from hf_cka.data import Batch
+from hf_cka.pruning.criteria.base import ScoringContext, Structure
+from hf_cka.pruning.criteria.replay import (
+    call_with,
+    entering,
+    forwards,
+    giving,
+    hidden_of,
+    passing,
+    resident,
+    rewrap,
+    run_model,
+    silenced,
+    without,
+)
+from hf_cka.representations import check_runnable, evaluating, pool, token_mask
+
+# Rows of logits that are turned into float32 log-probabilities at once.
+_LOGIT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What the model gives without each structure.
+
+    Args:
+        structures: what was left out, one at a time.
+        reference: readouts of the whole model, ``(n_samples, hidden_size)``, on the CPU.
+        readouts: per structure, the same without it; empty if they were not asked for.
+        kl: per structure, KL(whole || without) of the output distribution, in nats per token (per sample for a
+            classification head); empty if logits were not asked for.
+        nll: per structure, the negative log-likelihood of the next token without it, in nats; empty likewise, and
+            for an encoder.
+        reference_nll: that of the whole model.
+        layer_calls: how often a layer was called, the measure of what it cost.
+    """
+
+    structures: tuple[Structure, ...]
+    reference: torch.Tensor | None
+    readouts: tuple[torch.Tensor, ...]
+    kl: tuple[float, ...]
+    nll: tuple[float, ...]
+    reference_nll: float
+    layer_calls: int
+
+
+def leave_one_out(
+    context: ScoringContext,
+    structures: Sequence[Structure],
+    *,
+    readouts: bool = True,
+    logits: bool = False,
+    memory: int = 2**30,
+    shared: bool = True,
+) -> LeftOut:
+    """Measure the model without each structure, one at a time.
+
+    Beyond the weights and one readout per sample and structure, memory holds one hidden state ``(rows, tokens,
+    hidden_size)`` per structure, and with ``logits`` four tensors ``(rows, tokens, vocabulary)``: batches are cut
+    into as many rows at a time as fit in ``memory``, one at least.
+
+    Args:
+        context: the model, the data and the pooling.
+        structures: layers, runs of layers and sub-layers, in any mixture.
+        readouts: collect the readouts after the final norm.
+        logits: compare the outputs of the head.
+        memory: bytes for hidden states and logits.
+        shared: share the prefix between candidates; False runs the plain loop, one whole forward pass each.
+
+    Raises:
+        ValueError: for token pooling, an index out of range, no data, or NaN or infinite readouts.
+        RuntimeError: under DeepSpeed ZeRO-3.
+
+    Source: the criterion of arXiv 2405.17081 (section 3) needs these readouts; the sharing is this project's.
+
+    Example:
+        >>> left = leave_one_out(context, [Structure("layer", i) for i in range(30)])  # doctest: +SKIP
+        >>> left.readouts[4].shape  # doctest: +SKIP
+        torch.Size([128, 576])
+    """
+    anatomy = context.anatomy
+    if context.pooling.kind == "tokens":
+        raise ValueError("pooling='tokens' has no fixed number of rows per sample; use 'mean' or 'last'.")
+    beyond = [str(s) for s in structures if s.layers.stop > anatomy.num_layers]
+    if beyond:
+        raise ValueError(f"{', '.join(beyond)}: the model has layers 0 to {anatomy.num_layers - 1}.")
+    check_runnable(anatomy.model)
+    collected = _Collected(context, len(structures), readouts, logits)
+    calls = 0
+    with evaluating(anatomy.model), torch.no_grad():
+        bar = tqdm(context.batches, desc="leave one out", unit="batch", disable=not context.progress, delay=2)
+        for index, batch in enumerate(bar):
+            mask = token_mask(batch, index)
+            for part, rows in _chunks(batch, mask, _rows_at_once(anatomy, mask, len(structures), logits, memory)):
+                calls += _Chunk(anatomy, structures, part, logits, shared).run(collected, rows)
+    return collected.result(tuple(structures), calls)
+
+
+class _Chunk:
+    """One chunk of rows: the model's own pass, with the candidates following it layer by layer."""
+
+    def __init__(
+        self, anatomy: Anatomy, structures: Sequence[Structure], batch: Batch, logits: bool, shared: bool
+    ) -> None:
+        self.anatomy, self.structures, self.batch, self.logits = anatomy, structures, batch, logits
+        self.states: dict[int, torch.Tensor] = {}
+        # candidates that follow the pass; the others get a whole pass of their own
+        self.following = set(range(len(structures))) if shared else set()
+        self.templates: list[Any] = []
+        self.last: torch.Tensor | None = None
+        self.stepping = False
+        self.calls = 0
+
+    def run(self, collected: _Collected, mask: torch.Tensor) -> int:
+        """Hand the outputs of the whole model and of every candidate to ``collected``; return the layer calls."""
+        inside = {id(module) for layer in self.anatomy.layers for module in layer.modules()}
+        outside = [module for module in self.anatomy.model.modules() if id(module) not in inside]
+        with resident(outside):
+            with self._attached():
+                hidden, logits = run_model(self.anatomy, self.batch, self.logits)
+            self.calls += self.anatomy.num_layers
+            collected.add_reference(hidden, logits, self.batch, mask)
+            for k, structure in enumerate(self.structures):
+                if k in self.following:
+                    hidden, logits = self._finish(self.states.pop(k))
+                else:
+                    with without(self.anatomy, structure, self.templates):
+                        hidden, logits = run_model(self.anatomy, self.batch, self.logits)
+                    self.calls += self.anatomy.num_layers - (structure.length if structure.kind == "layer" else 0)
+                collected.add(k, hidden, logits, mask)
+        return self.calls
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        held = ExitStack()
+
+        def before(module: nn.Module, _args: Any) -> None:
+            if not self.stepping:
+                held.enter_context(resident(module.modules()))
+
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if not self.stepping:
+                self.stepping = True
+                try:
+                    self._step(module, args, kwargs, output)
+                finally:
+                    self.stepping = False
+                    held.close()
+
+        with held, ExitStack() as handles:
+            for layer in self.anatomy.layers:
+                handles.callback(layer.register_forward_pre_hook(before).remove)
+                handles.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+            yield
+        if len(self.templates) != self.anatomy.num_layers:
+            raise RuntimeError(
+                f"{len(self.templates)} of {self.anatomy.num_layers} layers ran in the forward pass; layers that are "
+                "skipped at random (layerdrop) or compiled away cannot be left out."
+            )
+
+    def _step(self, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
+        """Move every candidate through the layer that has just run."""
+        index = len(self.templates)
+        entered, left = entering(args, kwargs), hidden_of(output)
+        if self.last is not None and entered is not self.last:
+            # The model does something between layers (DeBERTa's convolution), which the states have not seen.
+            for k in [k for k in self.following if self.structures[k].layer < index]:
+                self.following.discard(k)
+                self.states.pop(k, None)
+        self.last = left
+        self.templates.append(rewrap(output, left[:0]))
+        for k in sorted(self.following):
+            structure = self.structures[k]
+            if index < structure.layer:
+                continue
+            if index == structure.layer:
+                self.states[k] = entered
+                if structure.kind != "layer":
+                    with silenced(self.anatomy, structure):
+                        self.states[k] = call_with(layer, entered, args, kwargs)
+                    self.calls += 1
+            elif index >= structure.layers.stop:
+                self.states[k] = call_with(layer, self.states[k], args, kwargs)
+                self.calls += 1
+
+    def _finish(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run what comes after the last layer (norm, pooler, head) on another state."""
+        replacements = [passing(template) for template in self.templates[:-1]] + [giving(self.templates[-1], state)]
+        with forwards(list(self.anatomy.layers), replacements):
+            return run_model(self.anatomy, self.batch, self.logits)
+
+
+class _Collected:
+    """Readouts, and sums of what is compared on logits."""
+
+    def __init__(self, context: ScoringContext, count: int, readouts: bool, logits: bool) -> None:
+        self.context, self.with_readouts, self.with_logits = context, readouts, logits
+        self.reference: list[torch.Tensor] = []
+        self.readouts: list[list[torch.Tensor]] = [[] for _ in range(count)]
+        self.kl = [0.0] * count
+        self.nll = [0.0] * (count + 1)  # the last is the whole model's
+        self.rows = self.predicted = 0
+        self.distribution = torch.empty(0)
+        self.kept = torch.empty(0)
+        self.targets = torch.empty(0)
+
+    def add_reference(
+        self, hidden: torch.Tensor, logits: torch.Tensor | None, batch: Batch, mask: torch.Tensor
+    ) -> None:
+        if self.with_readouts:
+            self.reference.append(self._pool(hidden, mask))
+        if not self.with_logits:
+            return
+        assert logits is not None
+        self.kept = mask.to(logits.device) if logits.ndim == 3 else torch.ones(len(mask), dtype=torch.bool)
+        self.targets = torch.full(mask.shape, -100)
+        if self.context.anatomy.kind == "decoder" and logits.ndim == 3 and "input_ids" in batch:
+            ids = batch["input_ids"].cpu()
+            both = mask[:, :-1] & mask[:, 1:]
+            self.targets[:, :-1] = ids[:, 1:].where(both, -100)
+            self.predicted += int(both.sum())
+        self.distribution = F.log_softmax(logits[self.kept].float(), dim=-1)
+        self.rows += len(self.distribution)
+        self.nll[-1] += self._negative_log_likelihood(self.distribution, mask)
+
+    def add(self, k: int, hidden: torch.Tensor, logits: torch.Tensor | None, mask: torch.Tensor) -> None:
+        if self.with_readouts:
+            self.readouts[k].append(self._pool(hidden, mask))
+        if not self.with_logits:
+            return
+        assert logits is not None
+        logits = logits[self.kept]
+        targets = self.targets[mask].to(logits.device) if self.predicted else None
+        for start in range(0, len(logits), _LOGIT_ROWS):
+            part = slice(start, start + _LOGIT_ROWS)
+            without_it = F.log_softmax(logits[part].float(), dim=-1)
+            divergence = F.kl_div(without_it, self.distribution[part], log_target=True, reduction="none")
+            self.kl[k] += float(divergence.sum(dim=-1).double().sum())
+            if targets is not None:
+                self.nll[k] += float(
+                    F.nll_loss(without_it, targets[part], ignore_index=-100, reduction="none").double().sum()
+                )
+
+    def _negative_log_likelihood(self, distribution: torch.Tensor, mask: torch.Tensor) -> float:
+        if not self.predicted:
+            return 0.0
+        targets = self.targets[mask].to(distribution.device)
+        return float(F.nll_loss(distribution, targets, ignore_index=-100, reduction="none").double().sum())
+
+    def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return pool(hidden, mask.to(hidden.device), self.context.pooling).cpu()
+
+    def result(self, structures: tuple[Structure, ...], calls: int) -> LeftOut:
+        if not calls:
+            raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
+        reference = torch.cat(self.reference) if self.with_readouts else None
+        readouts = tuple(torch.cat(parts) for parts in self.readouts) if self.with_readouts else ()
+        if reference is not None:
+            _check_finite("the whole model", reference)
+        for structure, matrix in zip(structures, readouts, strict=False):
+            _check_finite(f"the model without {structure}", matrix)
+        with_nll = self.with_logits and self.predicted > 0
+        return LeftOut(
+            structures,
+            reference,
+            readouts,
+            tuple(value / self.rows for value in self.kl) if self.with_logits else (),
+            tuple(value / self.predicted for value in self.nll[:-1]) if with_nll else (),
+            self.nll[-1] / self.predicted if with_nll else float("nan"),
+            calls,
+        )
+
+
+def _check_finite(name: str, readouts: torch.Tensor) -> None:
+    if not bool(readouts.isfinite().all()):
+        raise ValueError(
+            f"The readouts of {name} hold NaN or infinite values. Load the model in bfloat16 or float32 instead of "
+            "float16, or leave such samples out."
+        )
+
+
+def _rows_at_once(anatomy: Anatomy, mask: torch.Tensor, count: int, logits: bool, memory: int) -> int:
+    """How many rows of a batch fit into the memory given for hidden states and logits."""
+    config = anatomy.config
+    size = next(anatomy.model.parameters()).element_size()
+    per_token = (count + 3) * config.hidden_size * size
+    if logits:
+        per_token += 4 * 4 * getattr(config, "vocab_size", 0)
+    return max(1, memory // (per_token * mask.shape[1]))
+
+
+def _chunks(batch: Batch, mask: torch.Tensor, rows: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Cut a batch into parts of at most ``rows`` rows."""
+    count = len(mask)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        cut = {
+            key: value[part] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
+            for key, value in batch.items()
+        }
+        yield cut, mask[part]

@@ -1,0 +1,205 @@
+"""Depth pruning: remove layers or sub-layers, the least important first, scoring again on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
+from hf_cka.pruning.criteria.depth import DEPTH
+from hf_cka.pruning.removable import affordable, candidates, fits, most, parameters_of, take
+from hf_cka.pruning.state import Run
+
+# A lazy run scores this many structures again in one pass; they share the model's own pass.
+LAZY_BATCH = 4
+# A structure is scored again while its old score times this is below the best new one: removing others usually makes
+# a structure more important, but can make it a little less so.
+LAZY_SLACK = 0.8
+
+
+def prune_depth(run: Run) -> None:
+    """Carry a run of depth pruning to its end.
+
+    Args:
+        run: as far as it got; finished steps are not done again.
+
+    Raises:
+        ValueError: for an unreachable ratio or count, or what the criterion raises; before the model is changed.
+    """
+    entry = DEPTH[run.config.criterion or ""]
+    check_reachable(run, entry)
+    for _ in remaining_steps(run):
+        if run.config.contiguous:
+            _one_run(run, entry)
+        elif run.config.steps is None:
+            _one_structure(run, entry)
+        else:
+            _one_share(run, entry)
+
+
+def check_reachable(run: Run, entry: CriterionEntry) -> None:
+    """Refuse what cannot be reached or scored.
+
+    Raises:
+        ValueError: naming the reachable range, or what the criterion lacks.
+    """
+    if run.history.steps:
+        return  # it was checked at the start; the rest of the way is always there
+    anatomy, config = run.anatomy, run.config
+    pool = candidates(anatomy, run.kinds, run.protected())
+    check_usable(entry, run.context(), pool)
+    all_of_them = most(anatomy, pool)
+    if config.num_layers is not None:
+        if config.num_layers > len(all_of_them):
+            raise ValueError(
+                f"num_layers={config.num_layers}: at most {len(all_of_them)} of the model's "
+                f"{'layers' if run.kinds == ('layer',) else 'sub-layers'} can be removed."
+            )
+        return
+    smallest = min(parameters_of(anatomy, [s]) for s in pool)
+    largest = parameters_of(anatomy, all_of_them)
+    total = run.history.parameters
+    if not smallest / 2 <= run.need <= largest + smallest / 2:
+        raise ValueError(
+            f"ratio={config.ratio} cannot be reached by removing {config.structures} here: from {smallest / total:.4f} "
+            f"(the smallest of them) to {largest / total:.4f} (all that can go) of {total:,} parameters. Choose a "
+            "ratio in that range, another kind of structures, or fewer protected layers."
+        )
+
+
+def remaining_steps(run: Run) -> Iterator[int]:
+    """Yield the numbers of the steps that are left to do, until the target is reached."""
+    while True:
+        done = len(run.history.steps)
+        if run.config.steps is not None:
+            if done >= run.config.steps:
+                return
+        elif run.config.num_layers is not None:
+            if done >= run.config.num_layers:
+                return
+        elif not _affordable(run):
+            return
+        yield done + 1
+
+
+def _one_structure(run: Run, entry: CriterionEntry) -> None:
+    """Score, and remove the least important structure that the need allows."""
+    allowed = _affordable(run)
+    old = _old_scores(run) if entry.lazy and run.config.rescore == "lazy" and run.config.order == "normal" else {}
+    scores = lazily(lambda some: score(entry, run.context(), some, run.config.order), allowed, old)
+    _remove(run, [scores.weakest()], scores)
+
+
+def _affordable(run: Run) -> list[Structure]:
+    pool = candidates(run.anatomy, run.kinds, run.protected())
+    return affordable(run.anatomy, pool, run.need, run.config.reach)
+
+
+def _one_share(run: Run, entry: CriterionEntry) -> None:
+    """Score once, and remove the step's share of the whole."""
+    pool = candidates(run.anatomy, run.kinds, run.protected())
+    scores = score(entry, run.context(), pool, run.config.order)
+    chosen = take(run.anatomy, scores.ranking(), _share(run), run.config.reach, _share_count(run))
+    if chosen:
+        _remove(run, chosen, scores)
+    else:
+        run.record("depth", (), None, {})
+
+
+def _one_run(run: Run, entry: CriterionEntry) -> None:
+    """Remove the step's share of layers as the run of neighbours that matters least together."""
+    count = _share_count(run)
+    if count is None:
+        single = candidates(run.anatomy, run.kinds, run.protected())
+        size = sum(parameters_of(run.anatomy, [s]) for s in single) / len(single)
+        exact = _share(run) / size
+        count = {"nearest": round(exact), "at_least": math.ceil(exact), "at_most": math.floor(exact)}[run.config.reach]
+    if count < 1:
+        run.record("depth", (), None, {})
+        return
+    pool = candidates(run.anatomy, run.kinds, run.protected(), length=count)
+    scores = score(entry, run.context(), pool, run.config.order)
+    _remove(run, [scores.weakest()], scores)
+
+
+def _share(run: Run) -> float:
+    """Parameters that should be gone after this step and are not."""
+    if run.config.ratio is None:
+        return math.inf
+    assert run.config.steps is not None
+    done = (len(run.history.steps) + 1) / run.config.steps
+    return run.config.ratio * run.history.parameters * done - run.removed
+
+
+def _share_count(run: Run) -> int | None:
+    """Structures to remove in this step, where the config counts them."""
+    if run.config.num_layers is None:
+        return None
+    assert run.config.steps is not None
+    gone = sum(len(step.removed) for step in run.history.steps)
+    return round(run.config.num_layers * (len(run.history.steps) + 1) / run.config.steps) - gone
+
+
+def lazily(
+    scorer: Callable[[Sequence[Structure]], DepthScores],
+    structures: Sequence[Structure],
+    old: Mapping[Structure, float],
+) -> DepthScores:
+    """Score only the structures that can still be the least important, going by their old scores.
+
+    Args:
+        scorer: scores any of them.
+        structures: all of them.
+        old: scores from before; structures without one are always scored.
+
+    Returns:
+        The scores of those that were scored; the least important of all is among them, if no importance fell below
+        ``LAZY_SLACK`` times the old one.
+
+    Source: the lazy evaluation of greedy algorithms of Minoux (1978), with slack, because an importance measured
+        against a changing reference need not grow.
+
+    Example:
+        >>> new = {Structure("layer", i): value for i, value in enumerate((3.0, 1.0, 2.0, 9.0, 8.0, 7.0))}
+        >>> scored = lazily(lambda some: DepthScores(tuple(some), tuple(new[s] for s in some)), list(new), new)
+        >>> str(scored.weakest()), len(scored.structures)
+        ('layer 1', 4)
+    """
+    fresh: DepthScores | None = None
+    waiting = sorted(structures, key=lambda s: (old.get(s, -math.inf), s.layer))
+    while waiting:
+        bound = old.get(waiting[0], -math.inf)
+        if fresh is not None and min(fresh.importance) <= bound * LAZY_SLACK:
+            break
+        unknown = sum(s not in old for s in waiting)
+        now, waiting = waiting[: max(LAZY_BATCH, unknown)], waiting[max(LAZY_BATCH, unknown) :]
+        fresh = scorer(now) if fresh is None else fresh.joined(scorer(now))
+    assert fresh is not None
+    return fresh
+
+
+def _old_scores(run: Run) -> dict[Structure, float]:
+    """The last score of every structure that is still there, by current index."""
+    by_name: dict[str, float] = {}
+    for step in run.history.steps:
+        by_name.update(step.scores)
+    found = {}
+    for layer in range(run.anatomy.num_layers):
+        for kind in run.kinds:
+            structure = Structure(kind, layer)
+            name = run.in_words([structure])[0]
+            if name in by_name:
+                found[structure] = by_name[name]
+    return found
+
+
+def _remove(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> None:
+    names = run.in_words(chosen)
+    value = max(scores.of(s) for s in chosen)
+    # a run is named by its first layer
+    table = {run.in_words([s])[0]: v for s, v in zip(scores.structures, scores.importance, strict=True)}
+    notes = [f"{run.in_words([s])[0]}: {note}" for s, note in scores.notes.items()]
+    reason = fits(run.anatomy, chosen)
+    assert not reason, reason
+    run.remove(chosen)
+    run.record("depth", names, value, table, notes=notes, layer_calls=scores.layer_calls)

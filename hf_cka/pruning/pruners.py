@@ -1,0 +1,107 @@
+"""``prune``: one entry to every method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from hf_cka.anatomy import find_anatomy
+from hf_cka.data import Batch
+from hf_cka.pruning.config import PruningConfig
+from hf_cka.pruning.depth import prune_depth
+from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
+from hf_cka.pruning.plan import PruningPlan
+from hf_cka.pruning.removable import num_parameters
+from hf_cka.pruning.state import Run, sharing_copy
+
+# method -> what carries a run to its end
+PRUNERS: dict[str, Callable[[Run], None]] = {"depth": prune_depth}
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What :func:`prune` returns.
+
+    Args:
+        model: the pruned model, ready to use, train and save.
+        plan: what was removed, by original index.
+        history: every step, with its scores and parameters.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    history: PruningHistory
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: PruningConfig,
+    *,
+    inplace: bool = False,
+    progress: bool = True,
+    output: str | Path | None = None,
+    on_step: Callable[[PruningStep], None] | None = None,
+) -> PruningResult:
+    """Remove the parts of a model that matter least.
+
+    Args:
+        model: any supported model without adapters; on one device, or spread by a ``device_map``.
+        batches: calibration data, model-ready dicts; read once. Criteria that need none take ``[]``.
+        config: what to prune and how.
+        inplace: change the model given, instead of a copy; an interrupted run then leaves it half pruned.
+        progress: show bars.
+        output: folder for the history, written after every step. A run that was interrupted goes on from there.
+        on_step: called with every finished step, the ones of an earlier run included.
+
+    Returns:
+        The pruned model, the plan and the history.
+
+    Raises:
+        ValueError: for an unreachable ratio (the range is named), data a criterion cannot use, a model without
+            recognisable layers, or a history of another run in ``output``; before anything is changed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(
+        ...     num_hidden_layers=3, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
+        ... )
+        >>> batches = [{"input_ids": __import__("torch").randint(0, 16, (8, 6))}]
+        >>> result = prune(LlamaForCausalLM(tiny), batches, PruningConfig(num_layers=1, pooling="last"))
+        >>> result.model.config.num_hidden_layers, len(result.plan.removed_layers)
+        (2, 1)
+    """
+    anatomy = find_anatomy(model)
+    batches = list(batches)
+    history = PruningHistory(
+        config=config,
+        model=model_digest(anatomy.model),
+        calibration=data_digest(batches),
+        parameters=num_parameters(anatomy.model),
+    )
+    before = PruningHistory.load(output) if output is not None else None
+    if before is not None:
+        before.check_same_run(history)
+        history = before
+    run = Run(
+        config=config,
+        model=anatomy.model if inplace else sharing_copy(anatomy.model),
+        batches=batches,
+        history=history,
+        plan=PruningPlan(num_layers=anatomy.num_layers, model_type=anatomy.family.name),
+        output=None if output is None else Path(output),
+        progress=progress,
+        on_step=on_step,
+    )
+    if history.steps:
+        run.apply(history.steps[-1].plan)
+        for step in history.steps:
+            if on_step is not None:
+                on_step(step)
+    PRUNERS[config.method](run)
+    # the copy shared its tensors with the model that was given; the result must not
+    return PruningResult(run.model if inplace else copy.deepcopy(run.model), run.plan, run.history)

@@ -1,0 +1,161 @@
+"""A pruning run on its way: the model so far, what was removed by original index, and the history on disk."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.data import Batch
+from hf_cka.pruning.config import STRUCTURES, PruningConfig
+from hf_cka.pruning.criteria.base import Kind, ScoringContext, Structure
+from hf_cka.pruning.history import PruningHistory, PruningStep
+from hf_cka.pruning.plan import PruningPlan
+from hf_cka.pruning.removable import num_parameters, plan_of
+from hf_cka.pruning.surgery import apply_plan
+from hf_cka.representations import Pooling, resolve_pooling
+
+
+@dataclass
+class Run:
+    """One run of :func:`hf_cka.prune`.
+
+    Args:
+        config: what was asked for.
+        model: the model so far; changed in place.
+        batches: calibration data.
+        history: what was done.
+        plan: everything removed so far, by original index.
+        output: where the history goes after every step, if anywhere.
+        progress: show bars.
+        on_step: called after every step.
+    """
+
+    config: PruningConfig
+    model: nn.Module
+    batches: Sequence[Batch]
+    history: PruningHistory
+    plan: PruningPlan
+    output: Path | None = None
+    progress: bool = False
+    on_step: Callable[[PruningStep], None] | None = None
+    anatomy: Anatomy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.anatomy = find_anatomy(self.model)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of structure that depth pruning removes."""
+        return STRUCTURES[self.config.structures]  # type: ignore[return-value]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters the model has now."""
+        return num_parameters(self.model)
+
+    @property
+    def removed(self) -> int:
+        """Parameters removed so far."""
+        return self.history.parameters - self.parameters
+
+    @property
+    def need(self) -> float:
+        """Parameters that should still go; infinite if the config counts structures."""
+        return float("inf") if self.config.ratio is None else self.config.ratio * self.history.parameters - self.removed
+
+    @property
+    def pooling(self) -> Pooling:
+        """The readout."""
+        return resolve_pooling(self.config.pooling, self.anatomy.kind)
+
+    def context(self, model: nn.Module | None = None) -> ScoringContext:
+        """Return what a criterion sees: the model so far, or another one."""
+        anatomy = self.anatomy if model is None else find_anatomy(model)
+        # the seed follows the step, so that a resumed run draws what an uninterrupted one would
+        seed = self.config.seed * 10_007 + len(self.history.steps)
+        return ScoringContext(anatomy.model, anatomy, self.batches, self.pooling, seed, self.progress)
+
+    def original(self, structure: Structure) -> Structure:
+        """Return a structure by original index; a run that is no longer contiguous by its first layer."""
+        return Structure(structure.kind, self.plan.kept_layers[structure.layer], structure.length)
+
+    def current(self, structure: Structure) -> Structure:
+        """Return a structure given by original index by its index now."""
+        return Structure(structure.kind, self.plan.kept_layers.index(structure.layer), structure.length)
+
+    def in_words(self, structures: Sequence[Structure]) -> tuple[str, ...]:
+        """Name structures by original index, each layer of a run for itself."""
+        kept = self.plan.kept_layers
+        return tuple(f"{s.kind} {kept[i]}" for s in structures for i in s.layers)
+
+    def protected(self) -> set[int]:
+        """Return the current indices of protected layers.
+
+        Raises:
+            ValueError: for an index out of range.
+        """
+        count = self.plan.num_layers
+        wrong = [i for i in self.config.protect if not -count <= i < count]
+        if wrong:
+            raise ValueError(f"protect={list(wrong)} is out of range: the model has {count} layers.")
+        wanted = {i % count for i in self.config.protect}
+        return {now for now, before in enumerate(self.plan.kept_layers) if before in wanted}
+
+    def remove(self, structures: Sequence[Structure]) -> None:
+        """Remove structures, given by current index, from the model."""
+        self.apply(plan_of(self.anatomy, structures))
+
+    def apply(self, plan: PruningPlan) -> None:
+        """Apply a plan for the model so far."""
+        apply_plan(self.model, plan)
+        self.plan = self.plan.then(plan)
+        self.anatomy = find_anatomy(self.model)
+
+    def record(
+        self,
+        branch: str,
+        removed: Sequence[str],
+        score: float | None,
+        scores: Mapping[str, float],
+        branches: Mapping[str, float] | None = None,
+        layer_calls: int = 0,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Add a step to the history, on disk as well."""
+        step = PruningStep(
+            step=len(self.history.steps) + 1,
+            branch=branch,
+            removed=tuple(removed),
+            score=score,
+            scores=dict(scores),
+            branches=dict(branches or {}),
+            parameters=self.parameters,
+            ratio=self.removed / self.history.parameters,
+            layer_calls=layer_calls,
+            plan=self.plan,
+            notes=tuple(notes),
+        )
+        self.history = self.history.with_step(step)
+        if self.output is not None:
+            self.history.save(self.output)
+        if self.on_step is not None:
+            self.on_step(step)
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its parameters and buffers, which surgery replaces and never writes to.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> twin = sharing_copy(linear)
+        >>> twin is not linear and twin.weight is linear.weight
+        True
+    """
+    memo = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo)
