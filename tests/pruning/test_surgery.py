@@ -1,0 +1,251 @@
+"""A pruned model is the dense model with the same parts zeroed; nothing of the dense one stays behind."""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+
+import pytest
+import torch
+
+from hf_cka.anatomy import find_anatomy
+from hf_cka.pruning.plan import PruningPlan
+from hf_cka.pruning.surgery import apply_plan
+from tests.tiny import DECODERS, SETTINGS, tiny_batch, tiny_model
+
+OPERATIONS = {
+    "layers": {"removed_layers": (1, 2)},
+    "attention": {"removed_attention": (0, 2)},
+    "mlp": {"removed_mlp": (1, 3)},
+    "units": {"kept_units": {0: range(0, 48, 3), 2: range(7)}},
+    "groups": {"kept_groups": {1: (1,), 3: (0,)}},
+    "mixed": {
+        "removed_layers": (1,),
+        "removed_attention": (2,),
+        "removed_mlp": (3,),
+        "kept_units": {2: range(1, 48, 2)},
+        "kept_groups": {0: (1,), 3: (1,)},
+    },
+    "uniform units": {"kept_units": {i: range(i, 48, 4) for i in range(4)}},
+    "uniform groups": {"kept_groups": {i: (i % 2,) for i in range(4)}},
+}
+# families whose layers all have one width of head, hidden_size / heads
+FIXED_HEADS = ("gpt2", "gpt_neox", "opt", "bert", "roberta", "distilbert", "deberta-v2", "modernbert")
+
+
+def make_plan(model_type, operation, num_layers=4):
+    return PruningPlan(num_layers=num_layers, model_type=model_type, **OPERATIONS[operation])
+
+
+def zero_out(model, plan):
+    """The oracle: the dense model, with the weights that the plan names set to zero and its layers bypassed."""
+    anatomy = find_anatomy(model)
+    for index, layer in enumerate(anatomy.layers):
+        sizes, paths = anatomy.sizes(index), anatomy.projections(index)
+        output, down = layer.get_submodule(paths["o"]), layer.get_submodule(paths["down"])
+        inputs = 0 if anatomy.family.transposed else 1
+        with torch.no_grad():
+            if index in plan.removed_attention:
+                [p.zero_() for p in output.parameters()]
+            if index in plan.removed_mlp:
+                [p.zero_() for p in down.parameters()]
+            if index in plan.kept_units:
+                gone = [u for u in range(sizes.intermediate_size) if u not in plan.kept_units[index]]
+                down.weight.index_fill_(inputs, torch.tensor(gone), 0)
+            if index in plan.kept_groups:
+                width = sizes.num_heads // sizes.num_kv_heads * sizes.head_dim
+                kept = {g * width + k for g in plan.kept_groups[index] for k in range(width)}
+                gone = [k for k in range(sizes.num_heads * sizes.head_dim) if k not in kept]
+                output.weight.index_fill_(inputs, torch.tensor(gone), 0)
+                if anatomy.family.norm_scope == "all":
+                    norm_over_the_kept(layer, anatomy.family, plan.kept_groups[index], sizes)
+        if index in plan.removed_layers:
+            # DeBERTa's layers return a tuple
+            several = anatomy.family.name == "deberta-v2"
+            layer.forward = lambda hidden_states, *a, _t=several, **k: (hidden_states, None) if _t else hidden_states
+    return model
+
+
+def norm_over_the_kept(layer, family, groups, sizes):
+    """OLMo2 normalises queries and keys over all heads: the statistics change by definition with the heads."""
+    for path, heads in zip(family.query_key_norms, (sizes.num_heads, sizes.num_kv_heads), strict=True):
+        width = heads // sizes.num_kv_heads * sizes.head_dim
+        index = torch.tensor([g * width + k for g in groups for k in range(width)])
+        norm = layer.get_submodule(path)
+
+        def forward(self, x, index=index):
+            kept = x[..., index].float()
+            scale = torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            return (self.weight * (x.float() * scale)).to(x.dtype)
+
+        norm.forward = types.MethodType(forward, norm)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
+def test_equals_the_dense_model_with_the_same_parts_zeroed(model_type, operation):
+    plan = make_plan(model_type, operation)
+    batch = tiny_batch()
+    with torch.no_grad():
+        expected = zero_out(tiny_model(model_type).double(), plan)(**batch).logits
+        model = apply_plan(tiny_model(model_type).double(), plan)
+        found = model(**batch).logits
+        untouched = tiny_model(model_type).double()(**batch).logits
+    real = batch["attention_mask"].bool()
+    scale = untouched[real].abs().max()
+    assert (found - expected)[real].abs().max() / scale < 1e-9
+    assert (found - untouched)[real].abs().max() / scale > 1e-3, "the operation must matter, or this proves nothing"
+    alike = operation in ("layers", "uniform units") or (
+        operation == "uniform groups" and model_type not in FIXED_HEADS
+    )
+    assert type(model).__name__.startswith("Pruned") != alike
+
+
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
+def test_one_plan_equals_two_in_turn(model_type):
+    first = make_plan(model_type, "mixed")
+    second = PruningPlan(
+        num_layers=3, model_type=model_type, removed_layers=(2,), removed_mlp=(0,), kept_units={1: range(3)}
+    )
+    twice = apply_plan(apply_plan(tiny_model(model_type), first), second)
+    once = apply_plan(tiny_model(model_type), first.then(second))
+    for (name, one), (other, two) in zip(once.named_parameters(), twice.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(one, two)
+    plan = PruningPlan.from_dict(twice.config.pruning["plan"])
+    assert plan == first.then(second)
+    assert plan == PruningPlan.from_dict(once.config.pruning["plan"])
+    assert once.config.to_dict() == twice.config.to_dict()
+    with torch.no_grad():
+        assert torch.equal(once(**tiny_batch()).logits, twice(**tiny_batch()).logits)
+
+
+def test_a_model_that_is_uniform_again_is_stock_again():
+    model = apply_plan(tiny_model("llama"), PruningPlan(num_layers=4, model_type="llama", removed_attention=(1,)))
+    assert type(model).__name__ == "PrunedLlamaForCausalLM"
+    apply_plan(model, PruningPlan(num_layers=4, model_type="llama", removed_layers=(1,)))
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert type(model.model).__name__ == "LlamaModel"
+    assert type(model.config).__name__ == "LlamaConfig"
+    assert "hf_cka" not in str({k: v for k, v in model.config.to_dict().items() if k != "pruning"})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "bert"])
+def test_the_dense_weights_are_gone(model_type):
+    model = tiny_model(model_type)
+    before = [weakref.ref(p) for p in find_anatomy(model).layers.parameters()]
+    live = {id(p) for p in model.parameters()}
+    apply_plan(model, make_plan(model_type, "mixed"))
+    gc.collect()
+    alive = [ref() for ref in before if ref() is not None]
+    assert {id(p) for p in alive} <= {id(p) for p in model.parameters()}
+    assert len(alive) < len(before)
+    assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters())
+    assert {id(p) for p in model.parameters()} - live, "narrower parameters are new objects"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "bert"])
+def test_indices_of_layers_are_renumbered(model_type):
+    model = apply_plan(tiny_model(model_type), make_plan(model_type, "layers"))
+    for index, layer in enumerate(find_anatomy(model).layers):
+        own = {m.layer_idx for m in layer.modules() if getattr(m, "layer_idx", None) is not None}
+        assert own <= {index}
+
+
+def test_per_layer_lists_and_counts_follow_their_layers():
+    plan = {"num_layers": 4, "removed_layers": (0, 3)}
+    qwen = apply_plan(tiny_model("qwen2"), PruningPlan(model_type="qwen2", **plan)).config
+    assert qwen.layer_types == ["full_attention", "sliding_attention"]
+    assert qwen.max_window_layers == 1
+    smol = apply_plan(
+        tiny_model("smollm3", no_rope_layers=[0, 1, 0, 1]), PruningPlan(model_type="smollm3", **plan)
+    ).config
+    assert smol.no_rope_layers == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("modernbert", {}, r"Cannot remove layer 0 of 'modernbert'"),
+        ("deberta-v2", {"conv_kernel_size": 3}, r"Cannot remove layer 0 of 'deberta-v2'.*conv_kernel_size=3"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("llama", {"first_k_dense_replace": 2}, r"LlamaConfig\.first_k_dense_replace=2 names layers by index"),
+    ],
+)
+def test_what_cannot_be_renumbered_is_refused(model_type, changes, message):
+    model = tiny_model(model_type, **changes)
+    with pytest.raises(ValueError, match=message):
+        apply_plan(model, PruningPlan(num_layers=4, model_type=model_type, removed_layers=(0,)))
+    apply_plan(model, PruningPlan(num_layers=4, model_type=model_type, removed_mlp=(0,)))
+
+
+def test_tied_weights_stay_tied_and_gradients_keep_their_switch():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.model.layers[0].mlp.requires_grad_(False)
+    apply_plan(model, PruningPlan(num_layers=4, model_type="llama", kept_units={0: range(5), 1: range(5)}))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert model.model.layers[1].mlp.up_proj.weight.requires_grad
+    assert model.model.layers[0].mlp.down_proj.in_features == 5
+
+
+def test_a_model_with_adapters_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match=r"holds adapters.*merge_and_unload"):
+        apply_plan(model, make_plan("llama", "layers"))
+    apply_plan(model.merge_and_unload(), make_plan("llama", "layers"))
+
+
+def test_packed_weights_can_lose_layers_but_not_units():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"Layer 0's up projection \(Linear\) has a packed weight"):
+        apply_plan(model, PruningPlan(num_layers=4, model_type="llama", kept_units={0: range(5)}))
+    apply_plan(model, PruningPlan(num_layers=4, model_type="llama", removed_layers=(1,), removed_mlp=(0,)))
+
+
+@pytest.mark.parametrize("head", ["base", "classification"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "deberta-v2"])
+def test_other_heads(model_type, head):
+    plan = make_plan(model_type, "mixed")
+    with torch.no_grad():
+        expected = zero_out(tiny_model(model_type, head=head).double(), plan)(**tiny_batch())[0]
+        found = apply_plan(tiny_model(model_type, head=head).double(), plan)(**tiny_batch())[0]
+    keep = tiny_batch()["attention_mask"].bool() if head == "base" else slice(None)
+    assert (found - expected)[keep].abs().max() < 1e-9 * expected[keep].abs().max()
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_cached_generation_in_memory_without_attention_in_the_first_layer(model_type):
+    model = apply_plan(
+        tiny_model(model_type), PruningPlan(num_layers=4, model_type=model_type, removed_attention=(0, 2))
+    )
+    batch = tiny_batch(pad="left")
+    common = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+    plain = model.generate(**batch, **common, use_cache=False)
+    assert torch.equal(plain, model.generate(**batch, **common))
+    assert torch.equal(plain, model.generate(**batch, **common, cache_implementation="static", disable_compile=True))
+
+
+def test_text_model_inside_a_multimodal_one():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+    from tests.tiny import tiny_config
+
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=tiny_config("gemma3_text"), vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match=r"'model\.language_model'.*Only whole layers"):
+        apply_plan(model, PruningPlan(num_layers=4, model_type="gemma3_text", removed_mlp=(1,)))
+    apply_plan(model, PruningPlan(num_layers=4, model_type="gemma3_text", removed_layers=(1,)))
+    assert model.config.text_config.num_hidden_layers == 3
+    assert model.config.text_config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+    batch = tiny_batch(pad="left")
+    common = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    assert torch.equal(model.generate(**batch, **common), model.generate(**batch, **common, use_cache=False))
