@@ -1,0 +1,57 @@
+"""The ``hf-cka`` application: its commands, and how errors look."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+import hf_cka
+from hf_cka.cli.select import select_command
+
+app = typer.Typer(
+    name="hf-cka",
+    help="Adapt and compress Hugging Face models by representation similarity (CKA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"hf-cka {hf_cka.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Adapt and compress Hugging Face models by representation similarity (CKA)."""
+
+
+def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Show an expected error as one message instead of a traceback, and leave with status 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            if "--debug" in sys.argv:
+                raise
+            typer.secho(f"Error: {error}", err=True, fg="red")
+            raise typer.Exit(2) from error
+
+    return run
+
+
+for _name, _command in (("select", select_command),):
+    app.command(_name)(_friendly(_command))
