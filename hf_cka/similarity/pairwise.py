@@ -164,23 +164,21 @@ def _compute(
     live = [p for p, (i, j) in enumerate(pairs) if i in grams and j in grams]
     jobs = [(k, k) for k in range(len(grams))] + [(position[pairs[p][0]], position[pairs[p][1]]) for p in live]
     u = np.full(count + len(pairs), np.nan)
-    rows = np.full((count + len(pairs), n), np.nan) if with_rows else None
+    error = np.full(len(pairs), np.nan)
     cross = np.full(count + len(pairs), np.nan)
     energy = np.full(count, np.nan)
     if grams:
         slots = list(grams) + [count + p for p in live]
         sums = _sums(list(grams.values()), [layers[i] for i in grams], jobs, plan, with_rows)
         u[slots] = sums.total.numpy()
-        if rows is not None and sums.rows is not None:
-            rows[slots] = sums.rows.numpy()
+        if sums.rows is not None:
+            rows = sums.rows.numpy()
+            error[live] = standard_error(rows[: len(grams)], rows[len(grams) :], jobs[len(grams) :])
         energies = np.stack([gram.energy.cpu().numpy() for gram in grams.values()])
         energy[list(grams)] = energies.sum(1)
         cross[slots] = [energies[i] @ energies[j] for i, j in jobs]
 
     estimates = estimate(Products(u[:count], u[count:], cross[:count], cross[count:], energy, n), pairs)
-    error = np.full(len(pairs), np.nan)
-    if rows is not None:
-        error = standard_error(rows[:count], rows[count:], pairs)
     found = Found(
         estimates,
         error,
