@@ -1,0 +1,258 @@
+"""The parts a report is made of, as plain frozen data with a JSON round trip. How they are drawn is in ``plots``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hf_cka.lookup import lookup
+
+Cell = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One score a layer, with its standard error, and which layers were chosen from them.
+
+    Args:
+        title: of the chart.
+        scores: one a layer; None where it is undefined.
+        errors: standard errors, one a layer; None where there is none; empty if there are none at all.
+        selected: the chosen layers.
+        status: one a layer, ``"ok"`` or what is wrong; empty if all are ok.
+        controls: other choices drawn below, by name ("random": (1, 4, ...)).
+        label: of the score axis.
+        note: a sentence below the chart.
+
+    Raises:
+        ValueError: if lengths differ or a layer does not exist.
+
+    Example:
+        >>> LayerScores("Scores", scores=(0.3, 0.1), selected=(0,)).num_layers
+        2
+    """
+
+    title: str
+    scores: tuple[float | None, ...]
+    selected: tuple[int, ...]
+    errors: tuple[float | None, ...] = ()
+    status: tuple[str, ...] = ()
+    controls: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    label: str = "1 - CKA(input, output)"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("errors", "status"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.scores):
+                raise ValueError(f"{name} has {len(given)} entries, but there are {len(self.scores)} scores.")
+        for name, layers in {"selected": self.selected, **self.controls}.items():
+            _check_layers(name, layers, len(self.scores))
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers were scored."""
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A matrix of similarities, rows from top to bottom.
+
+    Args:
+        title: of the chart.
+        values: rows of equal length; None where a value is undefined.
+        rows: what a row is ("dense layer").
+        columns: what a column is.
+        label: of the colour scale.
+        note: a sentence below the chart.
+
+    Raises:
+        ValueError: if it is empty or its rows differ in length.
+
+    Example:
+        >>> Heatmap("CKA", ((1.0, 0.4), (0.4, 1.0))).rows
+        'layer'
+    """
+
+    title: str
+    values: tuple[tuple[float | None, ...], ...]
+    rows: str = "layer"
+    columns: str = "layer"
+    label: str = "CKA"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.values}
+        if len(widths) != 1 or 0 in widths:
+            raise ValueError(f"A heatmap needs rows of one length of at least 1, but their lengths are {widths or 0}.")
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The layers of one model, and what was removed from them.
+
+    Args:
+        name: of the model.
+        num_layers: before anything was removed.
+        removed: whole layers, by original index.
+        removed_attention: layers without their attention.
+        removed_mlp: layers without their MLP.
+
+    Raises:
+        ValueError: if a layer does not exist.
+
+    Example:
+        >>> Strip("pruned", 4, removed=(2,)).kept
+        3
+    """
+
+    name: str
+    num_layers: int
+    removed: tuple[int, ...] = ()
+    removed_attention: tuple[int, ...] = ()
+    removed_mlp: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("removed", "removed_attention", "removed_mlp"):
+            _check_layers(name, getattr(self, name), self.num_layers)
+
+    @property
+    def kept(self) -> int:
+        """Layers that are still there, whole or in part."""
+        return self.num_layers - len(set(self.removed))
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers of several models drawn below each other, kept and removed."""
+
+    title: str
+    strips: tuple[Strip, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the row.
+
+    Args:
+        title: of the table.
+        columns: headers.
+        rows: cells; numbers are formatted and set on the right, None is a dash.
+        note: a sentence below it.
+
+    Raises:
+        ValueError: if a row has another number of cells than there are columns.
+
+    Example:
+        >>> Table("Sizes", ("model", "parameters"), (("dense", 134515008),)).columns
+        ('model', 'parameters')
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(f"Row {index} of {self.title!r} has {len(row)} cells for {len(self.columns)} columns.")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was verified: what, whether it held, and the detail."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """A list of checks."""
+
+    title: str
+    checks: tuple[Check, ...]
+    note: str = ""
+
+
+Block = LayerScores | Heatmap | LayerStack | Table | Checks
+
+# kind in the JSON -> class; a new kind of block is one entry here and one macro in report.html
+BLOCKS: dict[str, type[Block]] = {
+    "layer_scores": LayerScores,
+    "heatmap": Heatmap,
+    "layer_stack": LayerStack,
+    "table": Table,
+    "checks": Checks,
+}
+_KINDS = {cls: kind for kind, cls in BLOCKS.items()}
+
+
+def kind_of(block: Block) -> str:
+    """Return the name under which a block is written.
+
+    Example:
+        >>> kind_of(Table("t", ("a",), ()))
+        'table'
+    """
+    return _KINDS[type(block)]
+
+
+def to_dict(block: Block) -> dict[str, Any]:
+    """Return a block as plain data, with its ``kind``.
+
+    Example:
+        >>> to_dict(Checks("c", (Check("reloads", True),)))["kind"]
+        'checks'
+    """
+    return {"kind": kind_of(block), **asdict(block)}
+
+
+def from_dict(data: Mapping[str, Any]) -> Block:
+    """Make a block from what ``to_dict`` returned, after any trip through JSON.
+
+    Raises:
+        ValueError: if the kind is unknown.
+
+    Example:
+        >>> table = Table("t", ("a", "b"), (("x", 1),))
+        >>> from_dict(to_dict(table)) == table
+        True
+    """
+    cls = lookup(BLOCKS, data.get("kind", ""), "kind of report block")
+    inner = {"strips": Strip, "checks": Check}
+    values = {}
+    for entry in fields(cls):
+        if entry.name not in data:
+            continue
+        value = data[entry.name]
+        if entry.name in inner:
+            value = tuple(_build(inner[entry.name], item) for item in value)
+        values[entry.name] = _tuples(value)
+    return cls(**values)
+
+
+def _build(cls: Any, item: Mapping[str, Any]) -> Any:
+    return cls(**{name: _tuples(value) for name, value in item.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Turn the lists of JSON back into the tuples of frozen data."""
+    if is_dataclass(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def _check_layers(name: str, layers: tuple[int, ...], count: int) -> None:
+    outside = [layer for layer in layers if not 0 <= layer < count]
+    if outside:
+        raise ValueError(f"{name} names layer {outside[0]}, but there are {count} layers (0 to {count - 1}).")

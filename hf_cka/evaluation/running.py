@@ -1,0 +1,86 @@
+"""What every measurement of a model shares: evaluation mode put back afterwards, the device, padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run the block without gradients and with every module in eval mode; put each module's mode back afterwards.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with measuring(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device that input ids must be on: the embedding's, which ``device_map`` may differ from others'.
+
+    Raises:
+        ValueError: if the weights are on the meta device, so that there is nothing to run.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    parameter = next((embedding if embedding is not None else model).parameters())
+    if parameter.device.type == "meta" and not hasattr(embedding, "_hf_hook"):  # a hook means offloaded, not missing
+        raise ValueError(
+            "The model's weights are on the meta device: there is nothing to measure. Load them first, for example "
+            "with from_pretrained(..., device_map='auto')."
+        )
+    return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids to one length and return them with their attention mask, each ``(rows, longest)``.
+
+    Example:
+        >>> ids, mask = pad([[5, 6], [7]], 0, "left")
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6], [0, 7]], [[1, 1], [0, 1]])
+    """
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def check_causal(model: Any, what: str) -> None:
+    """Raise ValueError if the model cannot continue a text, naming its class and what needed it."""
+    config = getattr(model, "config", None)
+    can_generate = model.can_generate() if hasattr(model, "can_generate") else True
+    if getattr(config, "is_encoder_decoder", False) or not can_generate:
+        raise ValueError(
+            f"{what} needs a causal language model (AutoModelForCausalLM), but {type(model).__name__} is none."
+        )
+
+
+def context_limit(model: Any) -> int | None:
+    """Return how many positions the model knows, or None if its config does not say."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return int(limit) if limit else None
