@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hf_cka.anatomy import find_anatomy
-from hf_cka.modeling.probe import first_output
+from hf_cka.modeling.probe import align, first_output
 from hf_cka.modeling.structure import Rung, layer_shapes, relabelled_config, rung_of
 from hf_cka.modeling.verify import Verification, probe_inputs, verify_many
 
@@ -292,6 +292,7 @@ def _verify_against(model: Any, work: Path) -> Verification:
     device = str(next(iter(devices))) if len(devices) == 1 else "auto"
     training = model.training
     model.eval()
+    align(model)
     try:
         logits = first_output(model, probe_inputs(json.loads((work / "config.json").read_text()))).cpu()
     finally:

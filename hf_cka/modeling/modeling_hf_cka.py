@@ -240,22 +240,6 @@ class PrunedConfigMixin:
             super().validate_token_ids()  # type: ignore[misc]
 
 
-class PrunedConfig(PreTrainedConfig):
-    """Reads the config of any pruned checkpoint, and returns the class of its family."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make the config of the family named by `base_model_type`."""
-        if "base_model_type" not in config_dict:
-            raise ValueError(
-                f"A config of type {MODEL_TYPE!r} must name the stock model it was made from in 'base_model_type'; "
-                f"this one has {sorted(config_dict)}."
-            )
-        return config_class(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
-
-
 def config_class(base_model_type: str) -> Any:
     """Return `PrunedXConfig` for the `model_type` of a stock config, and register its models."""
     stock = transformers.models.auto.configuration_auto.CONFIG_MAPPING[base_model_type]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
@@ -33,11 +34,25 @@ def register() -> None:
 
 
 def _register_now() -> None:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    from hf_cka.modeling.modeling_hf_cka import MODEL_TYPE, PrunedConfig
+    class PrunedConfig(PreTrainedConfig):
+        """Reads the config of any pruned checkpoint, and returns the class of its family."""
 
-    AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)
+        model_type = "hf_cka"
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            from hf_cka.modeling.modeling_hf_cka import config_class
+
+            if "base_model_type" not in config_dict:
+                raise ValueError(
+                    "A config of type 'hf_cka' must name the stock model it was made from in 'base_model_type'; this "
+                    f"one has {sorted(config_dict)}."
+                )
+            return config_class(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
+
+    AutoConfig.register("hf_cka", PrunedConfig, exist_ok=True)
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
