@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -244,7 +244,7 @@ def sample_digests(input_ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
 def _draw(data: Iterable[Any], count: int, seed: int) -> Iterator[Any]:
     if isinstance(data, str):
         raise ValueError("Expected many texts, got one string: pass a list of texts.")
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    if hasattr(data, "__getitem__") and isinstance(data, Sized):
         chosen = random.Random(seed).sample(range(len(data)), min(count, len(data)))
         return (data[i] for i in chosen)
     return islice(data, count)
@@ -253,7 +253,7 @@ def _draw(data: Iterable[Any], count: int, seed: int) -> Iterator[Any]:
 def _chat_text(messages: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> str:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return "\n".join(str(message["content"]).strip() for message in messages)
-    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         text = text[len(bos) :]  # the tokenizer puts it back

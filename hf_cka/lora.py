@@ -95,7 +95,7 @@ class CKALoraConfig(LoraConfig):
         if not named:  # a copy of a finished config (dataclasses.replace) names its layers, and stays as it is
             _register()
             self.peft_type = _LAZY
-            self.target_modules = {_UNRESOLVED}
+            self.target_modules = [_UNRESOLVED]
 
     @classmethod
     def from_model(cls, model: nn.Module, batches: Iterable[Batch] | None = None, **kwargs: Any) -> CKALoraConfig:
@@ -161,7 +161,7 @@ class CKALoraConfig(LoraConfig):
         chosen = selection.lora_kwargs(self._wanted)
         if self.selection_file is not None and not stored and _is_main_process():
             selection.save(self.selection_file)
-        self.target_modules = set(chosen["target_modules"])
+        self.target_modules = list(chosen["target_modules"])
         self.layers_to_transform = chosen.get("layers_to_transform")
         self.layers_pattern = chosen.get("layers_pattern")
         self.peft_type = PeftType.LORA

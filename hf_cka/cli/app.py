@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import hf_cka
+from hf_cka.cli.demo import demo_command
 from hf_cka.cli.select import select_command
 
 app = typer.Typer(
@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_settings = {"debug": False}
 
 
 def _version(show: bool) -> None:
@@ -33,8 +36,10 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Adapt and compress Hugging Face models by representation similarity (CKA)."""
+    _settings["debug"] = debug
 
 
 def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +50,7 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            if "--debug" in sys.argv:
+            if _settings["debug"]:
                 raise
             typer.secho(f"Error: {error}", err=True, fg="red")
             raise typer.Exit(2) from error
@@ -53,5 +58,8 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _name, _command in (("select", select_command),):
+for _name, _command in (
+    ("select", select_command),
+    ("demo", demo_command),
+):
     app.command(_name)(_friendly(_command))

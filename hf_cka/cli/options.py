@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     known = ("auto", "float32", "bfloat16", "float16")
     if dtype not in known:
         raise ValueError(f"Unknown dtype {dtype!r}: one of {', '.join(known)}.")
+    folder = Path(name).expanduser()
+    if (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {name!r}; give --model a Hub id or the folder of a saved model.")
     config = AutoConfig.from_pretrained(name)
     # The class that wrote the checkpoint has every weight of it; AutoModel would drop the head.
     named = getattr(transformers, (config.architectures or [""])[0], AutoModel)

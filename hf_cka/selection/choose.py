@@ -150,7 +150,7 @@ def _cka(question: _Question) -> _Answer:
         if question.kernel != "linear":
             raise ValueError(f"Streamed token statistics are linear CKA only; got kernel={question.kernel!r}.")
         result, info = stream_cka(question.model, question.data(), pooling=question.pooling, progress=question.progress)
-        pairs = result.pairs
+        pairs = list(result.pairs)
     else:
         readouts = question.readouts()
         features, pairs = readouts.distinct()

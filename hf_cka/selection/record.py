@@ -197,7 +197,7 @@ class LayerSelection:
         if data.get("version") != 1:
             raise ValueError(f"Selection format {data.get('version')!r} is not known here (1 is): update hf_cka.")
         known = {f.name for f in fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
         if values.get("calibration") is not None:
             values["calibration"] = CalibrationInfo(**values["calibration"])
         try:

@@ -82,7 +82,7 @@ def test_json_output_and_one_projection(folder, stories_file, tmp_path):
         (["--target-modules", "query"], "matches no projection"),
         (["--output", "cka.txt"], "must end in .yaml"),
         (["--dtype", "float8"], "Unknown dtype 'float8'"),
-        (["--model", "/nowhere/model"], "/nowhere/model"),
+        (["--model", "/nowhere/model"], "There is no folder '/nowhere/model'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(folder, stories_file, tmp_path, monkeypatch, extra, message):
