@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from hf_cka.lookup import lookup
 
 Cell = str | int | float | bool | None
+
+# how numbers that JSON does not know are written in it
+NOT_IN_JSON = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @dataclass(frozen=True)
@@ -242,11 +246,11 @@ def _build(cls: Any, item: Mapping[str, Any]) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Turn the lists of JSON back into the tuples of frozen data."""
+    """Turn the lists of JSON back into the tuples of frozen data, and names of numbers in them into the numbers."""
     if is_dataclass(value):
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(_tuples(item) for item in value)
+        return tuple(NOT_IN_JSON.get(item, item) if isinstance(item, str) else _tuples(item) for item in value)
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     return value

@@ -59,13 +59,13 @@ def layer_scores_svg(block: LayerScores, name: str) -> str:
         f"{escape(block.label)}{' (log scale)' if scale.log else ''}</text>"
     )
     for index, (row, layers) in enumerate(rows):
-        y = bottom + 30 + _STRIP * index
+        y = bottom + 31 + _STRIP * index
         parts.append(f'<text class="tick" x="{_LEFT}" y="{y}">{escape(row)}</text>')
         for layer in range(block.num_layers):
             kind = "mark on" if layer in layers else "mark"
             x = _LEFT + step * layer
             parts.append(
-                f'<rect class="{kind}" x="{x + step * 0.12:.1f}" y="{y + 4}" width="{step * 0.76:.1f}" '
+                f'<rect class="{kind}" x="{x + step * 0.12:.1f}" y="{y + 3}" width="{step * 0.76:.1f}" '
                 'height="9" rx="1.5"/>'
             )
     return _svg(name, height, block.title, _describe_scores(block), parts)
@@ -93,7 +93,7 @@ def heatmap_svg(block: Heatmap, name: str) -> str:
     size = min((WIDTH - _LEFT - _RIGHT) / columns, 340 / lines, _CELL)
     bottom = top + size * lines
 
-    parts = []
+    parts = ['<g shape-rendering="crispEdges">']  # no seams between cells
     for i, row in enumerate(block.values):
         for j, value in enumerate(row):
             defined = value is not None and math.isfinite(value)
@@ -106,6 +106,7 @@ def heatmap_svg(block: Heatmap, name: str) -> str:
                 f'height="{size + 0.3:.2f}"><title>{escape(block.rows)} {i}, {escape(block.columns)} {j}: {shown}'
                 "</title></rect>"
             )
+    parts.append("</g>")
     parts += _layer_ticks(columns, size, bottom + 12)
     every = _every(lines)
     for i in range(0, lines, every):
@@ -123,7 +124,7 @@ def heatmap_svg(block: Heatmap, name: str) -> str:
     below = any(value < low for value in values)
     missing = len(values) < lines * columns
     parts += _legend(block.label, low, high, below, missing, bottom + 38)
-    height = bottom + 78
+    height = bottom + 66
     described = f"{lines} by {columns} matrix, values from {min(values):.3f} to {max(values):.3f}." if values else ""
     return _svg(name, height, block.title, described, parts)
 

@@ -73,7 +73,7 @@ class ReportData:
     version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data; numbers that JSON does not know become ``"inf"``, ``"-inf"`` and ``"nan"``."""
+        """Return plain data; numbers that JSON does not know become ``"Infinity"``, ``"-Infinity"``, ``"NaN"``."""
         plain = {
             "version": self.version,
             "title": self.title,
@@ -238,7 +238,7 @@ def _chart(block: Block, name: str) -> Any:
 def _finite(value: Any) -> Any:
     """Replace what JSON cannot say by its name."""
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
