@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
 from hf_cka.pruning.criteria.depth import DEPTH
-from hf_cka.pruning.removable import affordable, candidates, fits, most, parameters_of, take
+from hf_cka.pruning.removable import affordable, candidates, most, parameters_of, take
 from hf_cka.pruning.state import Run
 
 # A lazy run scores this many structures again in one pass; they share the model's own pass.
@@ -198,8 +198,11 @@ def _remove(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> None:
     value = max(scores.of(s) for s in chosen)
     # a run is named by its first layer
     table = {run.in_words([s])[0]: v for s, v in zip(scores.structures, scores.importance, strict=True)}
-    notes = [f"{run.in_words([s])[0]}: {note}" for s, note in scores.notes.items()]
-    reason = fits(run.anatomy, chosen)
-    assert not reason, reason
+    notes = [f"{run.in_words([s])[0] if isinstance(s, Structure) else s}: {note}" for s, note in scores.notes.items()]
+    if math.isinf(value):
+        raise ValueError(
+            f"Nothing is left that {run.config.criterion!r} would remove after {len(run.history.steps)} steps "
+            f"({'; '.join(notes[:3])}). Choose a smaller ratio or another criterion."
+        )
     run.remove(chosen)
     run.record("depth", names, value, table, notes=notes, layer_calls=scores.layer_calls)

@@ -68,7 +68,7 @@ class DepthScores:
         importance: per structure; higher = keep. Never NaN: a structure whose importance is undefined has ``inf``,
             so that it is never removed first, and a note that says why.
         details: further numbers per structure, for reports (each metric, each rank); NaN where undefined.
-        notes: why an importance is undefined.
+        notes: why an importance is undefined, by structure; or what to know about a metric, by its name.
         layer_calls: calls of a layer that it took, where that is counted.
 
     Raises:
@@ -83,7 +83,7 @@ class DepthScores:
     structures: tuple[Structure, ...]
     importance: tuple[float, ...]
     details: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    notes: Mapping[Structure, str] = field(default_factory=dict)
+    notes: Mapping[Any, str] = field(default_factory=dict)
     layer_calls: int = 0
 
     def __post_init__(self) -> None:
@@ -250,6 +250,11 @@ def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Seq
                 "every batch, or use a criterion without labels ('cka', 'kl')."
             )
     model = context.anatomy.model
+    if entry.needs_gradients and getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"Criterion {entry.name!r} needs gradients of the weights, and the model is quantized. Load it without "
+            "quantization, or use 'cka'."
+        )
     if entry.needs_next_token and context.anatomy.kind != "decoder":
         raise ValueError(
             f"Criterion {entry.name!r} measures the prediction of the next token, and {type(model).__name__} is an "

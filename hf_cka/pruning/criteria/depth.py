@@ -1,82 +1,97 @@
-"""The table of depth criteria: what each layer and sub-layer is worth.
-
-Leave-one-out criteria run the model without each structure; the others read weights, positions, or one forward pass.
-"""
+"""The table of depth criteria: what each layer and sub-layer is worth. A criterion is one row and its test."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import partial
 
-from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, ScoringContext, Structure
-from hf_cka.pruning.criteria.leave_one_out import leave_one_out
-from hf_cka.similarity import pairwise_similarity
+from hf_cka.pruning.criteria.base import CriterionEntry
+from hf_cka.pruning.criteria.consensus import score_cka, score_consensus, score_kl, score_one, score_perplexity
+from hf_cka.pruning.criteria.controls import (
+    score_last,
+    score_magnitude,
+    score_random,
+    score_taylor,
+    score_third_to_last,
+)
+from hf_cka.pruning.criteria.shapes import DISSIMILARITIES
+from hf_cka.pruning.criteria.stream import score_angular, score_block_influence
 
-
-def cka_scores(context: ScoringContext, structures: Sequence[Structure], estimator: str = "debiased") -> DepthScores:
-    """Return 1 - CKA between the model's readout and the readout without each structure.
-
-    Args:
-        context: the model, the data, and the pooling of the readout.
-        structures: what to leave out, one at a time.
-        estimator: ``"debiased"``, or ``"biased"`` as the paper does.
-
-    Raises:
-        ValueError: for too few samples, or a readout of the whole model that is the same for every sample.
-
-    Source: arXiv 2405.17081, section 3: the structure whose removal leaves the readout most alike goes first.
-    """
-    left = leave_one_out(context, structures)
-    assert left.reference is not None
-    result = pairwise_similarity(
-        [left.reference, *left.readouts],
-        pairs=[(0, k + 1) for k in range(len(structures))],
-        estimator=estimator,
-        standard_error=estimator == "debiased",
-    )
-    if result.status[0] not in ("ok", "outlier_dominated"):
-        raise ValueError(
-            f"The readout of the whole model is {result.status[0].replace('_', ' ')} over the {result.n} samples, so "
-            f"nothing can be compared with it. Read another token: pooling is {context.pooling.kind!r}; try 'mean'."
-        )
-    notes = {
-        s: f"CKA is undefined: without it the readout is {status.replace('_', ' ')}"
-        for s, status, value in zip(structures, result.status[1:], result.values, strict=True)
-        if math.isnan(value)
-    }
-    return DepthScores(
-        tuple(structures),
-        tuple(math.inf if math.isnan(v) else 1 - float(v) for v in result.values),
-        details={
-            "cka": tuple(map(float, result.debiased)),
-            "cka_biased": tuple(map(float, result.biased)),
-            "standard_error": tuple(map(float, result.standard_error)),
-        },
-        notes=notes,
-        layer_calls=left.layer_calls,
-    )
-
-
-_CKA_PAPER = "Pons et al. 2024, arXiv 2405.17081"
+_CKA = "Pons et al. 2024, arXiv 2405.17081"
+_CONSENSUS = "arXiv 2411.14345"
+_SHORTENED = "Kim et al. 2024, arXiv 2402.02834"
 
 #: name -> criterion
 DEPTH: dict[str, CriterionEntry] = {
     entry.name: entry
     for entry in (
-        CriterionEntry(
-            "cka",
-            cka_scores,
-            "1 - debiased CKA between the readouts with and without the structure",
-            _CKA_PAPER + "; debiased",
-            lazy=True,
-        ),
+        CriterionEntry("cka", score_cka, "1 - debiased CKA of the readouts with and without it", _CKA, lazy=True),
         CriterionEntry(
             "cka_biased",
-            partial(cka_scores, estimator="biased"),
-            "1 - biased CKA between the readouts with and without the structure",
-            _CKA_PAPER,
+            partial(score_cka, estimator="biased"),
+            "1 - biased CKA of the readouts with and without it",
+            _CKA,
             lazy=True,
         ),
+        CriterionEntry("consensus", score_consensus, "sum of its ranks by eight dissimilarities", _CONSENSUS),
+        CriterionEntry(
+            "consensus_by_class",
+            partial(score_consensus, labelled=True),
+            "sum of its ranks by eight dissimilarities, with Gaussians within classes",
+            _CONSENSUS,
+            needs_labels=True,
+        ),
+        *(
+            CriterionEntry(name, score_one(name), f"{entry.description}, with and without it", entry.source, lazy=True)
+            for name, entry in DISSIMILARITIES.items()
+            if name != "cka"
+        ),
+        CriterionEntry(
+            "kl",
+            score_kl,
+            "KL(output || output without it)",
+            "arXiv 2506.04513",
+            needs_logits=True,
+            lazy=True,
+        ),
+        CriterionEntry(
+            "perplexity",
+            score_perplexity,
+            "log-perplexity of the model without it",
+            _SHORTENED,
+            needs_logits=True,
+            needs_next_token=True,
+            lazy=True,
+        ),
+        CriterionEntry(
+            "block_influence",
+            score_block_influence,
+            "1 - cosine of the stream before and after it, all tokens",
+            "Men et al. 2024, arXiv 2403.03853",
+        ),
+        CriterionEntry(
+            "angular",
+            score_angular,
+            "angle between the stream before and after it, last token",
+            "Gromov et al. 2024, arXiv 2403.17887",
+        ),
+        CriterionEntry("magnitude", score_magnitude, "mean absolute weight", _SHORTENED, needs_data=False),
+        CriterionEntry(
+            "taylor",
+            score_taylor,
+            "sum of |weight * gradient|",
+            _SHORTENED,
+            needs_logits=True,
+            needs_gradients=True,
+        ),
+        CriterionEntry("last", score_last, "its position: the last goes first", "control", needs_data=False),
+        CriterionEntry(
+            "third_to_last",
+            score_third_to_last,
+            "its position: the third-to-last layer goes first",
+            "arXiv 2602.06127",
+            kinds=("layer",),
+            needs_data=False,
+        ),
+        CriterionEntry("random", score_random, "a draw", "control", needs_data=False),
     )
 }

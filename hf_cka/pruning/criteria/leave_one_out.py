@@ -23,6 +23,7 @@ from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import ScoringContext, Structure
 from hf_cka.pruning.criteria.replay import (
     call_with,
+    chunks,
     entering,
     forwards,
     giving,
@@ -112,7 +113,7 @@ def leave_one_out(
         bar = tqdm(context.batches, desc="leave one out", unit="batch", disable=not context.progress, delay=2)
         for index, batch in enumerate(bar):
             mask = token_mask(batch, index)
-            for part, rows in _chunks(batch, mask, _rows_at_once(anatomy, mask, len(structures), logits, memory)):
+            for part, rows in chunks(anatomy, batch, mask, len(structures), memory, logits=logits):
                 calls += _Chunk(anatomy, structures, part, logits, shared).run(collected, rows)
     return collected.result(tuple(structures), calls)
 
@@ -298,25 +299,3 @@ def _check_finite(name: str, readouts: torch.Tensor) -> None:
             f"The readouts of {name} hold NaN or infinite values. Load the model in bfloat16 or float32 instead of "
             "float16, or leave such samples out."
         )
-
-
-def _rows_at_once(anatomy: Anatomy, mask: torch.Tensor, count: int, logits: bool, memory: int) -> int:
-    """How many rows of a batch fit into the memory given for hidden states and logits."""
-    config = anatomy.config
-    size = next(anatomy.model.parameters()).element_size()
-    per_token = (count + 3) * config.hidden_size * size
-    if logits:
-        per_token += 4 * 4 * getattr(config, "vocab_size", 0)
-    return max(1, memory // (per_token * mask.shape[1]))
-
-
-def _chunks(batch: Batch, mask: torch.Tensor, rows: int) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Cut a batch into parts of at most ``rows`` rows."""
-    count = len(mask)
-    for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        cut = {
-            key: value[part] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
-            for key, value in batch.items()
-        }
-        yield cut, mask[part]

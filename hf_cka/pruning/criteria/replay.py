@@ -195,3 +195,34 @@ def _fetched(module: nn.Module, hook: Any) -> Iterator[None]:
     finally:
         hook.offload = True
         hook.post_forward(module, None)
+
+
+def chunks(
+    anatomy: Anatomy, batch: Batch, mask: torch.Tensor, states: int, memory: int, logits: bool = False
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Cut a batch into parts of as many rows as fit into memory, one at least.
+
+    Args:
+        anatomy: of the model.
+        batch: a model-ready dict.
+        mask: which positions hold tokens, ``(batch, tokens)``.
+        states: hidden states ``(rows, tokens, hidden_size)`` that are held at once.
+        memory: bytes for them.
+        logits: four float32 tensors ``(rows, tokens, vocabulary)`` are held as well.
+
+    Returns:
+        Parts of the batch, each with its mask.
+    """
+    config = anatomy.config
+    per_token = (states + 3) * config.hidden_size * next(anatomy.model.parameters()).element_size()
+    if logits:
+        per_token += 4 * 4 * getattr(config, "vocab_size", 0)
+    rows = max(1, memory // (per_token * mask.shape[1]))
+    count = len(mask)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        cut = {
+            key: value[part] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
+            for key, value in batch.items()
+        }
+        yield cut, mask[part]
