@@ -253,8 +253,12 @@ def pwcca(x: Any, y: Any) -> float:
     return float((weights * correlations).sum() / weights.sum())
 
 
-def column_centred(x: Any, name: int = 0) -> torch.Tensor:
+def column_centred(x: Any, index: int = 0) -> torch.Tensor:
     """Return the features minus their column means, float64 ``(n, d)``.
+
+    Args:
+        x: features ``(n, d)``.
+        index: the number of the layer, for the error message.
 
     Raises:
         ValueError: for NaN or infinite values.
@@ -264,7 +268,7 @@ def column_centred(x: Any, name: int = 0) -> torch.Tensor:
         [[-1.0], [1.0]]
     """
     (tensor,) = check_features([x], 1, "")
-    return tensor.double() - column_mean(tensor, name)
+    return tensor.double() - column_mean(tensor, index)
 
 
 def _same_width(x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:

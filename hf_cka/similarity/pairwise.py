@@ -54,7 +54,8 @@ def cka(x: Any, y: Any, *, kernel: str | Kernel = "linear", estimator: str = "de
     )
     value = float(result.values[0])
     if np.isnan(value):
-        layer = 0 if result.status[0] != "ok" else 1
+        # the worst of both: an outlier alone leaves a number unless there is nothing beside it
+        layer = max((0, 1), key=lambda i: ("ok", "outlier_dominated", "low_signal", "constant").index(result.status[i]))
         ratio, share = (result.diagnostics[layer][key] for key in ("signal_ratio", "top_sample_share"))
         what = {
             "constant": f"is constant over the {result.n} samples",
@@ -138,6 +139,8 @@ def pairwise_similarity(
 
 @dataclass(frozen=True)
 class Found:
+    """What was computed, before it is put together as a `SimilarityResult`; per pair, and per layer."""
+
     estimates: Estimates
     error: np.ndarray
     status: tuple[str, ...]
@@ -260,6 +263,7 @@ def _repeat(
 
 
 def similarity_result(found: Found, pairs: tuple[Pair, ...], estimator: str, plan: Plan, n: int) -> SimilarityResult:
+    """Put together what the user sees."""
     diagnostics = tuple(
         {
             "signal_ratio": found.signal_ratio[i],

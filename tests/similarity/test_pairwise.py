@@ -381,6 +381,14 @@ def test_bad_lists_are_named_with_their_fix(arguments, message):
         pairwise_similarity(**arguments)
 
 
+def test_the_layer_without_spread_is_blamed_not_the_one_with_an_outlier():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    x[4] *= 100
+    assert pairwise_similarity([x, x]).status == ("outlier_dominated",) * 2
+    with pytest.raises(ValueError, match="y is constant"):
+        cka(x, torch.ones(20, 3))
+
+
 @pytest.mark.parametrize("bandwidth", [0, -1.0, float("inf"), float("nan")])
 def test_bandwidth_must_be_positive(bandwidth):
     with pytest.raises(ValueError, match="must be positive"):
