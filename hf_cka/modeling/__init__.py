@@ -14,11 +14,13 @@ _PUBLIC = {
     "LayerShape": "structure",
     "Rung": "structure",
     "layer_shapes": "structure",
+    "load_adapter": "adapters",
     "load_pruned": "checkpoint",
     "rung_of": "structure",
     "save_pruned": "checkpoint",
     "translate_adapter": "adapters",
-    "verify": "verify",
+    "verify": "verification",
+    "verify_many": "verification",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -27,7 +29,6 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-        if name != "verify":  # also the name of its module, which Python binds here itself
-            globals()[name] = value
+        globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ import torch
 from hf_cka.anatomy import find_anatomy
 from hf_cka.modeling.probe import align, first_output
 from hf_cka.modeling.structure import Rung, layer_shapes, relabelled_config, rung_of
-from hf_cka.modeling.verify import Verification, probe_inputs, verify_many
+from hf_cka.modeling.verification import Verification, probe_inputs, verify_many
 
 SCORES_FILE = "pruning_scores.json"
 _RECORD_FIELDS = ("method", "settings", "calibration", "base_model", "base_revision")
@@ -293,9 +293,30 @@ def _verify_against(model: Any, work: Path) -> Verification:
     training = model.training
     model.eval()
     align(model)
+    rounded = _restore_buffers(model)
     try:
         logits = first_output(model, probe_inputs(json.loads((work / "config.json").read_text()))).cpu()
     finally:
         model.train(training)
+        for module, name, buffer in rounded:
+            setattr(module, name, buffer)
     attention = getattr(model.config, "_attn_implementation", None)
     return verify_many([work], device=device, expected={0: logits}, attention=attention)[0]
+
+
+def _restore_buffers(model: Any) -> list[tuple[Any, str, torch.Tensor]]:
+    """Compute again the RoPE frequencies that `model.to(torch.bfloat16)` rounded; returns what to put back.
+
+    They are no part of a checkpoint: a model that is loaded in bfloat16 has them in float32.
+    """
+    changed = []
+    for module in list(model.modules()):
+        names = [
+            n for n, b in module.named_buffers(recurse=False) if n.endswith("inv_freq") and b.dtype != torch.float32
+        ]
+        if names and hasattr(module, "config"):
+            fresh = type(module)(module.config).to(getattr(module, names[0]).device)
+            for name in names:
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, getattr(fresh, name))
+    return changed

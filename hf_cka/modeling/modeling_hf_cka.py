@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
+from transformers.utils import output_capturing
 
 MODEL_TYPE = "hf_cka"
 PREFIX = "Pruned"
@@ -349,6 +350,22 @@ def model_class(stock: type) -> type:
         }
         globals()[name] = type(name, (PrunedModelMixin, stock), body)
     return globals()[name]
+
+
+def become(model: Any, cls: type) -> None:
+    """Turn a model into another class of the same layout, as if it had been built as that class.
+
+    transformers notes in `__init__`, by the name of the class, which outputs (`output_hidden_states`) it can record.
+
+    Args:
+        model: changed in place.
+        cls: the stock class of the model, or the pruned one.
+    """
+    if type(model) is cls:
+        return
+    recordable = getattr(model, "_can_record_outputs", None)
+    model.__class__ = cls
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(cls), recordable)
 
 
 def _values(mapping: str) -> list[str]:

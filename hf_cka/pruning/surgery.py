@@ -86,9 +86,8 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     anatomy.config.__dict__.update(new.__dict__)
     anatomy.config.pruning = record
     anatomy.config.pruning["parameters_after"] = _num_parameters(model)
-    for module in {id(m): m for m in (model, anatomy.backbone)}.values():
-        stock = getattr(type(module), "stock_class", type(module))
-        module.__class__ = code.model_class(stock) if hasattr(new, "base_model_type") else stock
+    stock = getattr(type(model), "stock_class", type(model))
+    code.become(model, code.model_class(stock) if hasattr(new, "base_model_type") else stock)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_cka.modeling.checkpoint import save_pruned
 from hf_cka.modeling.probe import first_output
-from hf_cka.modeling.verify import probe_inputs, verify_many
+from hf_cka.modeling.verification import probe_inputs, verify_many
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.surgery import apply_plan
 from tests.tiny import ENCODERS, SETTINGS, tiny_batch, tiny_model
@@ -39,6 +39,8 @@ def pruned(model_type, structure, **changes):
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory):
     """All checkpoints, saved here and checked together in one fresh process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the fresh process takes the number over; tiny matrices only wait for more
     root = tmp_path_factory.mktemp("matrix")
     folders, expected, rungs = {}, {}, {}
     for model_type in SETTINGS:
@@ -49,6 +51,7 @@ def reloaded(tmp_path_factory):
             expected[len(folders)] = first_output(model, probe_inputs(json.loads((folder / "config.json").read_text())))
             folders[model_type, structure] = folder
     results = verify_many(list(folders.values()), expected=expected)
+    torch.set_num_threads(threads)
     return dict(zip(folders, results, strict=True)), rungs
 
 

@@ -131,6 +131,17 @@ def test_a_model_that_is_uniform_again_is_stock_again():
     assert "hf_cka" not in str({k: v for k, v in model.config.to_dict().items() if k != "pruning"})
 
 
+@pytest.mark.parametrize("head", [None, "base"])
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
+def test_hidden_states_are_still_recorded(model_type, head):
+    model = apply_plan(tiny_model(model_type, head=head), make_plan(model_type, "mixed"))
+    with torch.no_grad():
+        output = model(**tiny_batch(), output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    if head == "base":
+        assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "bert"])
 def test_the_dense_weights_are_gone(model_type):
     model = tiny_model(model_type)
@@ -214,7 +225,9 @@ def test_other_heads(model_type, head):
     plan = make_plan(model_type, "mixed")
     with torch.no_grad():
         expected = zero_out(tiny_model(model_type, head=head).double(), plan)(**tiny_batch())[0]
-        found = apply_plan(tiny_model(model_type, head=head).double(), plan)(**tiny_batch())[0]
+        model = apply_plan(tiny_model(model_type, head=head).double(), plan)
+        found = model(**tiny_batch())[0]
+    assert type(model).__name__.startswith("Pruned")
     keep = tiny_batch()["attention_mask"].bool() if head == "base" else slice(None)
     assert (found - expected)[keep].abs().max() < 1e-9 * expected[keep].abs().max()
 

@@ -1,0 +1,28 @@
+"""`hf-cka verify`: check a checkpoint folder in a fresh process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder; any model that transformers loads.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, or auto for device_map='auto'.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Reload a checkpoint in a fresh process: every tensor in its place, and caches that change nothing."""
+    from hf_cka.modeling import verify
+
+    try:
+        result = verify(folder, device=device)
+    except FileNotFoundError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(asdict(result) | {"passed": result.passed}) if as_json else str(result))
+    if not result.passed:
+        raise typer.Exit(1)
