@@ -41,8 +41,19 @@ class _LazyLora(str):
 
 
 _LAZY = _LazyLora(PeftType.LORA.value)
-# Never a module's name: if the config reaches a tuner that does not know how to choose, PEFT's own error shows it.
-_UNRESOLVED = "the layers are not chosen yet: call config.resolve(model) before adding this adapter"
+
+
+class _NotChosen(list[str]):
+    """Stands for the target modules until they are chosen: a tuner that does not know how to choose fails on it.
+
+    Without it PEFT's defaults, or no modules at all, would be adapted in silence.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        raise ValueError(
+            "The layers of this CKALoraConfig are not chosen yet: call config.resolve(model) before adding it to a "
+            "model that already has adapters."
+        )
 
 
 @dataclass
@@ -95,7 +106,7 @@ class CKALoraConfig(LoraConfig):
         if not named:  # a copy of a finished config (dataclasses.replace) names its layers, and stays as it is
             _register()
             self.peft_type = _LAZY
-            self.target_modules = [_UNRESOLVED]
+            self.target_modules = _NotChosen()
 
     @classmethod
     def from_model(cls, model: nn.Module, batches: Iterable[Batch] | None = None, **kwargs: Any) -> CKALoraConfig:

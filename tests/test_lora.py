@@ -86,6 +86,7 @@ def test_a_lazy_adapter_on_a_plain_peft_model_says_what_to_do():
     config = CKALoraConfig(r=2, keep_ratio=0.5, calibration=_batches())
     with pytest.raises(ValueError, match=r"call config.resolve\(model\)"):
         model.add_adapter("cka", config)
+    assert set(model.peft_config) == {"default"}
     config.resolve(model)
     model.add_adapter("cka", config)
     assert set(model.peft_config) == {"default", "cka"}
