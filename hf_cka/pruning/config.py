@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hf_cka.lookup import lookup
+from hf_cka.pruning.width_budgets import BUDGETS, WidthSettings
 from hf_cka.representations import Pooling
 
 VERSION = 1
@@ -15,7 +16,46 @@ VERSION = 1
 # method -> what it fills in where the config leaves it open
 METHODS: dict[str, Mapping[str, Any]] = {
     "depth": {"criterion": "cka"},
+    "width": {"criterion": "amp"},
+    "mop": {"criterion": "cka", "width_criterion": "amp", "path": "cka"},
+    "everything": {"criterion": "kl", "width_criterion": "kl", "path": "cka"},
+    # presets of the above under their papers' names
+    "consensus": {"criterion": "consensus"},
+    "amp": {"criterion": "amp"},
 }
+# method -> the pruner that carries it out
+PRUNERS = {"depth": "depth", "consensus": "depth", "width": "width", "amp": "width", "mop": "mixture"} | {
+    "everything": "mixture"
+}
+# rules that choose between a depth and a width branch; a string of L and G is one as well
+PATHS: dict[str, str] = {
+    "cka": "the branch whose readout has the higher CKA to its parent's",
+    "cosine": "the branch whose last hidden states have the higher cosine to its parent's",
+    "kl": "the branch whose output diverges less from its parent's",
+    "perplexity": "the branch with the lower perplexity",
+    "random": "a draw",
+}
+# name -> settings as its paper (or its released code) has them; give ratio or num_layers beside them
+PAPERS: dict[str, Mapping[str, Any]] = {
+    "cka": {"criterion": "cka_biased", "pooling": "last", "rescore": "full"},
+    "consensus": {"method": "consensus", "pooling": "last"},
+    "shortgpt": {"criterion": "block_influence", "steps": 1},
+    "unreasonable": {"criterion": "angular", "steps": 1, "contiguous": True},
+    "sleb": {"criterion": "perplexity", "rescore": "full"},
+    "finercut": {"criterion": "kl", "structures": "sublayers", "rescore": "full"},
+    "amp": {"method": "amp", "width": WidthSettings(rule="proportional")},
+    "mop": {
+        "method": "mop",
+        "criterion": "third_to_last",
+        "path": "random",
+        "protect": (-2, -1),
+        "reach": "at_least",
+        "width": WidthSettings(rule="proportional", min_groups=2),
+    },
+    "everything": {"method": "everything"},
+}
+# the three paths of MoP's released code: L removes a layer, G narrows all of them
+MOP_PATHS = ("LGGLLLGGLLGLGLLGGL", "GGLLGGGLGGGLLLGGLL", "LGLGGLLGLLGLGLGLGG")
 # what depth pruning removes -> the kinds of structure
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "layers": ("layer",),
@@ -33,10 +73,21 @@ class PruningConfig:
     """What to prune and how.
 
     Args:
-        method: ``"depth"``.
+        method: ``"depth"`` removes layers or sub-layers; ``"width"`` KV groups and MLP units; ``"mop"`` chooses step by
+            step between a layer and as many parameters of width; ``"everything"`` does so with children that are
+            tuned and kept. ``"consensus"`` and ``"amp"`` are depth and width with those criteria.
         ratio: removed parameters over all parameters, embeddings included. Give this or ``num_layers``.
-        num_layers: how many structures to remove (layers, or sub-layers with ``structures="sublayers"``).
-        criterion: of depth pruning, by name; by default the method's.
+        num_layers: how many structures to remove (layers, or sub-layers with ``structures="sublayers"``); of a
+            mixture, how many steps, each of which costs a layer.
+        criterion: by name, of depth or width, whichever the method does first; by default the method's.
+        width_criterion: of the width branch of a mixture.
+        path: how a mixture chooses: ``"cka"``, ``"cosine"``, ``"kl"``, ``"perplexity"``, ``"random"``, or a string of
+            L (depth) and G (width), one letter a step.
+        budget: over layers, of width pruning: ``"uniform"`` (loads in stock classes), ``"importance"`` or
+            ``"global"``.
+        layer_criterion: of depth, for the importance of layers under the budget ``"importance"``.
+        width: which widths may go and how they are rounded.
+        repair: closed-form correction of what is left, by name (``"least_squares"``), or None.
         structures: what depth pruning removes: ``"layers"``, ``"sublayers"``, ``"attention"`` or ``"mlp"``.
         contiguous: remove each step's layers as one run of neighbours.
         steps: how many times to score on the way; None scores again after every removal, 1 scores once.
@@ -67,6 +118,12 @@ class PruningConfig:
     ratio: float | None = None
     num_layers: int | None = None
     criterion: str | None = None
+    width_criterion: str | None = None
+    path: str | None = None
+    budget: str = "uniform"
+    layer_criterion: str = "block_influence"
+    width: WidthSettings = field(default_factory=WidthSettings)
+    repair: str | None = None
     structures: str = "layers"
     contiguous: bool = False
     steps: int | None = None
@@ -79,25 +136,14 @@ class PruningConfig:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        from hf_cka.pruning.criteria.base import ORDERS
-        from hf_cka.pruning.criteria.depth import DEPTH
-
         if self.version != VERSION:
             raise ValueError(f"This config has version {self.version}; this hf_cka reads version {VERSION}. Update it.")
-        defaults = lookup(METHODS, self.method, "pruning method")
-        for name, value in defaults.items():
+        for name, value in lookup(METHODS, self.method, "pruning method").items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "protect", tuple(int(i) for i in self.protect))
-        if self.criterion is not None:
-            lookup(DEPTH, self.criterion, "depth criterion")
-        for table, value, what in (
-            (STRUCTURES, self.structures, "kind of structures"),
-            (ORDERS, self.order, "order"),
-            (REACH, self.reach, "reach"),
-            (RESCORE, self.rescore, "rescore"),
-        ):
-            lookup(table, value, what)
+        self._check_names()
+        self._check_fit()
         if self.pooling != "auto":
             Pooling(self.pooling)
         if (self.ratio is None) == (self.num_layers is None):
@@ -110,10 +156,69 @@ class PruningConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+
+    def _check_names(self) -> None:
+        from hf_cka.pruning.criteria import DEPTH, WIDTH
+        from hf_cka.pruning.criteria.base import ORDERS
+        from hf_cka.pruning.repair import REPAIRS
+
+        width_first = self.pruner == "width"
+        lookup(WIDTH if width_first else DEPTH, str(self.criterion), f"{'width' if width_first else 'depth'} criterion")
+        lookup(DEPTH, self.layer_criterion, "depth criterion")
+        if self.width_criterion is not None:
+            lookup(WIDTH, self.width_criterion, "width criterion")
+        if self.repair is not None:
+            lookup(REPAIRS, self.repair, "repair")
+        if self.path is not None and not set(self.path) <= {"L", "G"}:
+            lookup(PATHS, self.path, "path (or a string of L and G)")
+        tables: tuple[tuple[Mapping[str, Any], str, str], ...] = (
+            (BUDGETS, self.budget, "width budget"),
+            (STRUCTURES, self.structures, "kind of structures"),
+            (ORDERS, self.order, "order"),
+            (REACH, self.reach, "reach"),
+            (RESCORE, self.rescore, "rescore"),
+        )
+        for table, value, what in tables:
+            lookup(table, value, what)
+
+    def _check_fit(self) -> None:
+        """Refuse settings that the method would ignore."""
         if self.contiguous and self.structures != "layers":
             raise ValueError(f"contiguous=True removes runs of whole layers, but structures={self.structures!r}.")
         if self.contiguous and self.steps is None:
             raise ValueError("contiguous=True needs steps: how many runs to remove. Give steps=1 for a single run.")
+        ignored = {
+            "depth": ("width_criterion", "path", "budget", "width"),
+            "width": ("width_criterion", "path", "num_layers", "structures", "contiguous", "protect"),
+            "mixture": ("steps", "structures", "contiguous", "budget"),
+        }[self.pruner]
+        defaults = {item.name: item.default for item in fields(self)} | {"width": WidthSettings()}
+        set_anyway = [f"{name}={getattr(self, name)!r}" for name in ignored if getattr(self, name) != defaults[name]]
+        if set_anyway:
+            raise ValueError(f"method={self.method!r} does not use {', '.join(set_anyway)}. Leave it out.")
+
+    @property
+    def pruner(self) -> str:
+        """Which pruner carries the method out: "depth", "width" or "mixture"."""
+        return PRUNERS[self.method]
+
+    @classmethod
+    def paper(cls, name: str, **changes: Any) -> PruningConfig:
+        """Return the settings of a paper, or of its released code.
+
+        Args:
+            name: one of ``PAPERS``.
+            changes: fields to set beside or instead of them; ``ratio`` or ``num_layers`` at least.
+
+        Raises:
+            ValueError: for an unknown name; near ones are listed.
+
+        Example:
+            >>> config = PruningConfig.paper("unreasonable", num_layers=8)
+            >>> config.criterion, config.contiguous
+            ('angular', True)
+        """
+        return cls(**{**lookup(PAPERS, name, "paper"), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""
@@ -126,10 +231,16 @@ class PruningConfig:
         Raises:
             ValueError: for an unknown field (near names are listed) or another version.
         """
-        known = {field.name: field for field in fields(cls)}
+        known = {item.name: item for item in fields(cls)}
         for name in data:
             lookup(known, name, "field of PruningConfig")
-        return cls(**{**data, "protect": tuple(data.get("protect", ()))})
+        given = dict(data)
+        if "width" in given:
+            importance = given["width"].get("layer_importance")
+            given["width"] = WidthSettings(
+                **{**given["width"], "layer_importance": None if importance is None else tuple(importance)}
+            )
+        return cls(**{**given, "protect": tuple(given.get("protect", ()))})
 
     def to_json(self) -> str:
         """Return the config as JSON."""

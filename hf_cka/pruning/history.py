@@ -40,6 +40,7 @@ class PruningStep:
         layer_calls: calls of a layer that the scoring took, where the criterion counts them.
         plan: everything removed so far.
         notes: what could not be scored, and why.
+        carry: the part of a KV group per layer that a mixture's attention still owes, as a fraction.
     """
 
     step: int
@@ -53,6 +54,7 @@ class PruningStep:
     layer_calls: int
     plan: PruningPlan
     notes: tuple[str, ...] = ()
+    carry: str = "0"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data; infinite scores become the word ``"inf"``, which strict JSON holds."""

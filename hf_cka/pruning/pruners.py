@@ -14,12 +14,16 @@ from hf_cka.data import Batch
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.depth import prune_depth
 from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
+from hf_cka.pruning.mixture import prune_mixture
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.removable import num_parameters
+from hf_cka.pruning.repair import repair
 from hf_cka.pruning.state import Run, sharing_copy
+from hf_cka.pruning.surgery import apply_plan
+from hf_cka.pruning.width_run import prune_width
 
-# method -> what carries a run to its end
-PRUNERS: dict[str, Callable[[Run], None]] = {"depth": prune_depth}
+# what carries a run to its end
+PRUNERS: dict[str, Callable[[Run], None]] = {"depth": prune_depth, "width": prune_width, "mixture": prune_mixture}
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,22 @@ def prune(
     progress: bool = True,
     output: str | Path | None = None,
     on_step: Callable[[PruningStep], None] | None = None,
+    tune: Callable[[nn.Module], object] | None = None,
 ) -> PruningResult:
     """Remove the parts of a model that matter least.
+
+    The search works on a copy that shares the weights, so an interrupted run leaves the model as it was.
 
     Args:
         model: any supported model without adapters; on one device, or spread by a ``device_map``.
         batches: calibration data, model-ready dicts; read once. Criteria that need none take ``[]``.
         config: what to prune and how.
-        inplace: change the model given, instead of a copy; an interrupted run then leaves it half pruned.
+        inplace: change the model given when all is decided, instead of returning a smaller copy.
         progress: show bars.
         output: folder for the history, written after every step. A run that was interrupted goes on from there.
         on_step: called with every finished step, the ones of an earlier run included.
+        tune: trains a model in place for a moment. A mixture tunes each branch before comparing them; ``"mop"`` then
+            discards the tuned copies, ``"everything"`` goes on with the one it keeps.
 
     Returns:
         The pruned model, the plan and the history.
@@ -87,21 +96,35 @@ def prune(
     if before is not None:
         before.check_same_run(history)
         history = before
+    if tune is not None and config.pruner != "mixture":
+        raise ValueError(f"tune is for methods that compare branches ('mop', 'everything'), not {config.method!r}.")
+    if tune is not None and config.method == "everything" and (inplace or config.repair is not None):
+        raise ValueError("method='everything' with tune goes on with tuned copies: use inplace=False and repair=None.")
     run = Run(
         config=config,
-        model=anatomy.model if inplace else sharing_copy(anatomy.model),
+        model=sharing_copy(anatomy.model),
         batches=batches,
         history=history,
         plan=PruningPlan(num_layers=anatomy.num_layers, model_type=anatomy.family.name),
         output=None if output is None else Path(output),
         progress=progress,
         on_step=on_step,
+        tune=tune,
     )
     if history.steps:
         run.apply(history.steps[-1].plan)
         for step in history.steps:
             if on_step is not None:
                 on_step(step)
-    PRUNERS[config.method](run)
-    # the copy shared its tensors with the model that was given; the result must not
-    return PruningResult(run.model if inplace else copy.deepcopy(run.model), run.plan, run.history)
+    PRUNERS[config.pruner](run)
+    return PruningResult(_finished(anatomy.model, run, inplace), run.plan, run.history)
+
+
+def _finished(model: nn.Module, run: Run, inplace: bool) -> nn.Module:
+    """The pruned model with weights of its own, or the given one pruned."""
+    if run.config.repair is None and not inplace:
+        return copy.deepcopy(run.model)
+    target = model if inplace else copy.deepcopy(model)
+    if run.config.repair is not None:
+        repair(target, run.plan, run.batches, run.config.repair, progress=run.progress)
+    return apply_plan(target, run.plan)

@@ -6,7 +6,9 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -34,6 +36,7 @@ class Run:
         output: where the history goes after every step, if anywhere.
         progress: show bars.
         on_step: called after every step.
+        tune: trains a model in place for a moment, if anything does.
     """
 
     config: PruningConfig
@@ -44,6 +47,7 @@ class Run:
     output: Path | None = None
     progress: bool = False
     on_step: Callable[[PruningStep], None] | None = None
+    tune: Callable[[nn.Module], object] | None = None
     anatomy: Anatomy = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,14 +85,6 @@ class Run:
         seed = self.config.seed * 10_007 + len(self.history.steps)
         return ScoringContext(anatomy.model, anatomy, self.batches, self.pooling, seed, self.progress)
 
-    def original(self, structure: Structure) -> Structure:
-        """Return a structure by original index; a run that is no longer contiguous by its first layer."""
-        return Structure(structure.kind, self.plan.kept_layers[structure.layer], structure.length)
-
-    def current(self, structure: Structure) -> Structure:
-        """Return a structure given by original index by its index now."""
-        return Structure(structure.kind, self.plan.kept_layers.index(structure.layer), structure.length)
-
     def in_words(self, structures: Sequence[Structure]) -> tuple[str, ...]:
         """Name structures by original index, each layer of a run for itself."""
         kept = self.plan.kept_layers
@@ -113,8 +109,17 @@ class Run:
 
     def apply(self, plan: PruningPlan) -> None:
         """Apply a plan for the model so far."""
-        apply_plan(self.model, plan)
+        self.adopt(apply_plan(self.model, plan), plan)
+
+    def adopt(self, model: nn.Module, plan: PruningPlan) -> None:
+        """Go on with a model that was made from the one so far by a plan."""
+        self.model, self.anatomy = model, find_anatomy(model)
         self.plan = self.plan.then(plan)
+
+    def adopt_weights(self, weights: Mapping[str, Any]) -> None:
+        """Give the model so far weights of its own."""
+        self.model = copy.deepcopy(self.model)
+        self.model.load_state_dict(weights)
         self.anatomy = find_anatomy(self.model)
 
     def record(
@@ -126,6 +131,7 @@ class Run:
         branches: Mapping[str, float] | None = None,
         layer_calls: int = 0,
         notes: Sequence[str] = (),
+        carry: Fraction = Fraction(0),
     ) -> None:
         """Add a step to the history, on disk as well."""
         step = PruningStep(
@@ -140,6 +146,7 @@ class Run:
             layer_calls=layer_calls,
             plan=self.plan,
             notes=tuple(notes),
+            carry=str(carry),
         )
         self.history = self.history.with_step(step)
         if self.output is not None:
@@ -157,5 +164,10 @@ def sharing_copy(model: nn.Module) -> nn.Module:
         >>> twin is not linear and twin.weight is linear.weight
         True
     """
-    memo = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            for shared in ("weights_map", "tied_params_map"):  # where accelerate keeps offloaded weights
+                memo[id(getattr(part, shared, None))] = getattr(part, shared, None)
     return copy.deepcopy(model, memo)

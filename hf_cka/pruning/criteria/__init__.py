@@ -13,8 +13,12 @@ from hf_cka.pruning.criteria.base import (
     check_usable,
     score,
 )
+from hf_cka.pruning.criteria.depth import DEPTH
+from hf_cka.pruning.criteria.width import WIDTH
 
 __all__ = [
+    "DEPTH",
+    "WIDTH",
     "CriterionEntry",
     "DepthScores",
     "ScoringContext",
