@@ -1,0 +1,186 @@
+"""The tables and the picture of a model card, as Markdown that renders anywhere.
+
+The picture is text in a code block. The Hub does not show SVG files reliably (lfai/model_openness_tool issue 159), and
+a PNG would be a second, binary file to keep in step with the card; text also renders on GitHub and in a terminal, and
+is read by screen readers and by `git diff`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_cka.hub.facts import Facts
+from hf_cka.pruning.plan import as_ranges
+
+_PER_ROW = 60  # layers in one row of the picture
+_LEVELS = "▁▂▃▄▅▆▇"
+_MAX_SCORES = 200
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table; numbers are shown with four significant digits.
+
+    Args:
+        columns: headings.
+        rows: cells; None is an empty one.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [[1.23456, "x|y"]]))
+        | a | b |
+        |---|---|
+        | 1.235 | x\\|y |
+    """
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        ("|" + "|".join(map(str, line)) + "|") if number == 1 else "| " + " | ".join(map(_cell, line)) + " |"
+        for number, line in enumerate(lines)
+    )
+
+
+def removed_table(facts: Facts) -> str:
+    """Return what was removed, by index in the original model.
+
+    Args:
+        facts: of the checkpoint.
+    """
+    plan = facts.plan
+    rows = [
+        (what, f"{len(indices)} of {plan.num_layers}", as_ranges(indices).replace(",", ", "))
+        for what, indices in (
+            ("whole layers", plan.removed_layers),
+            ("attention sub-layers", plan.removed_attention),
+            ("MLP sub-layers", plan.removed_mlp),
+        )
+        if indices
+    ]
+    for what, table, widths in (
+        ("KV groups", plan.kept_groups, facts.kv_groups),
+        ("MLP units", plan.kept_units, facts.units),
+    ):
+        if table:
+            before, after = sum(widths[i][0] for i in table), sum(widths[i][1] for i in table)
+            layers = as_ranges(table).replace(",", ", ")
+            rows.append((what, f"{before - after:,} of {before:,}", f"in layers {layers}"))
+    return markdown_table(["removed", "how many", "original index"], rows) if rows else "Nothing."
+
+
+def width_table(facts: Facts) -> str:
+    """Return the widths before and after of the layers that became narrower, or "".
+
+    Args:
+        facts: of the checkpoint.
+    """
+    narrowed = sorted({*facts.plan.kept_groups, *facts.plan.kept_units})
+    alike: dict[tuple[str, str], list[int]] = {}
+    for index in narrowed:
+        alike.setdefault((_change(*facts.kv_groups[index]), _change(*facts.units[index])), []).append(index)
+    rows = [(as_ranges(layers).replace(",", ", "), *change) for change, layers in alike.items()]
+    return markdown_table(["layers (original index)", "KV groups", "MLP units"], rows) if rows else ""
+
+
+def layer_stack(facts: Facts) -> str:
+    """Return a picture of the layers, the first one on the left: one row for attention, one for the MLP.
+
+    Args:
+        facts: of the checkpoint.
+    """
+    count = facts.plan.num_layers
+    attention = "".join(_mark(*width) for width in facts.kv_groups)
+    mlp = "".join(_mark(*width) for width in facts.units)
+    step = 10 if count > 20 else 5
+    blocks = []
+    for start in range(0, count, _PER_ROW):
+        end = min(start + _PER_ROW, count)
+        ruler = ""
+        for index in range(start, end):
+            if index % step == 0:
+                ruler = ruler.ljust(index - start) + str(index)
+        blocks.append(f"layer      {ruler}\nattention  {attention[start:end]}\nMLP        {mlp[start:end]}")
+    legend = "█ kept   · removed"
+    if facts.plan.kept_groups or facts.plan.kept_units:
+        legend += "   ▁ to ▇ narrowed, by the share of its width that is left"
+    return "\n\n".join([*blocks, legend])
+
+
+def score_table(facts: Facts) -> str:
+    """Return the scores, least important first, or "" where there are none, too many, or not one number each.
+
+    Args:
+        facts: of the checkpoint.
+    """
+    scores = facts.scores
+    if not isinstance(scores, Mapping) or not 0 < len(scores) <= _MAX_SCORES:
+        return ""
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in scores.values()):
+        return ""
+    return markdown_table(["structure", "score"], sorted(scores.items(), key=lambda item: item[1]))
+
+
+def results_table(results: Any) -> tuple[str, str | None, str | None]:
+    """Return measured results as (table, command that measured them, notes).
+
+    Args:
+        results: a list of rows (mappings of column to value), a mapping with such a list under "rows" and optionally
+            a "command" and "notes", or the path of a JSON file with either.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else.
+
+    Example:
+        >>> table, command, _ = results_table({"rows": [{"model": "dense", "perplexity": 19.5}], "command": "run me"})
+        >>> print(table.splitlines()[0], "by", command)
+        | model | perplexity | by run me
+    """
+    where = "results"
+    if isinstance(results, str | os.PathLike):
+        path, where = Path(results), repr(str(results))
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {where}. Give the JSON file with the measured results.")
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}.") from error
+    whole = results if isinstance(results, Mapping) else {"rows": results}
+    unknown = sorted(set(whole) - {"rows", "command", "notes"})
+    rows = whole.get("rows")
+    if unknown or not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(
+            f'{where} must be a list of rows such as [{{"model": "dense", "perplexity": 19.5}}], or have such a '
+            f'list under "rows" beside "command" and "notes"; got {json.dumps(results, default=str)[:120]}.'
+        )
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return (
+        markdown_table(columns, [[row.get(c) for c in columns] for row in rows]),
+        whole.get("command"),
+        whole.get("notes"),
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if not math.isfinite(value) or abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _change(before: int, after: int) -> str:
+    if after == 0:
+        return "removed"
+    return f"{before:,} → {after:,}" if after < before else f"{before:,}"
+
+
+def _mark(before: int, after: int) -> str:
+    if after == 0:
+        return "·"
+    if after == before:
+        return "█"
+    return _LEVELS[min(max(round(8 * after / before), 1), 7) - 1]
