@@ -90,7 +90,7 @@ def translate_adapter(
     if not kept:
         raise ValueError(f"Nothing of the adapter in {str(source)!r} is left: all its layers were removed.")
     config = json.loads((source / "adapter_config.json").read_text())
-    config = names.config(config) | {"base_model_name_or_path": model.config.name_or_path}
+    config = names.config(config) | {"base_model_name_or_path": _name(anatomy.model)}
     shutil.copytree(
         source, target, ignore=shutil.ignore_patterns(_WEIGHTS, "adapter_config.json", "cka_selection.json")
     )
@@ -108,16 +108,26 @@ def _trained_on(anatomy: Anatomy, record: Mapping[str, Any], adapter: Path) -> L
     if layers and max(layers) >= anatomy.num_layers:
         return "dense"
     base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
-    own = str(getattr(anatomy.model.config, "name_or_path", "") or "")
-    if base and own and base.rstrip("/") == own.rstrip("/"):
-        return "pruned"
-    dense = str(record.get("base_model") or "")
-    if base and dense and base.rstrip("/").rpartition("/")[2] == dense.rpartition("/")[2]:
-        return "dense"
+    own, dense = _name(anatomy.model), str(record.get("base_model") or "")
+    # a model that was pruned in memory still bears the name of the dense one; an adapter cannot tell them apart then
+    if base and _last(own) != _last(dense):
+        if _last(base) == _last(own):
+            return "pruned"
+        if _last(base) == _last(dense):
+            return "dense"
     raise ValueError(
         f"The adapter in {str(adapter)!r} was trained on {base!r}. The model is {own!r}, pruned from {dense!r}, so its "
         "layer numbers could mean either. Pass trained_on='dense' or trained_on='pruned'."
     )
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "name_or_path", "") or getattr(model.config, "name_or_path", "") or "")
+
+
+def _last(name: str) -> str:
+    """The name of a model without the folders before it, which differ between machines."""
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _layer_pattern(anatomy: Anatomy) -> str:
