@@ -126,8 +126,11 @@ def calibration(
     rows = [row for row in rows if row]
     # Rows of like length share a batch, so that little is spent on padding.
     rows.sort(key=len)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = (_pad(rows[i : i + batch_size], pad or 0) for i in range(0, len(rows), batch_size))
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        ids, mask = pad(rows[start : start + batch_size], filler or 0)
+        batches.append({"input_ids": ids, "attention_mask": mask})
     return CalibrationBatches(batches, source=source, seed=seed, max_length=max_length)
 
 
@@ -230,6 +233,24 @@ def row_text(row: str | Row, tokenizer: PreTrainedTokenizerBase | None = None, t
     )
 
 
+def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids to one length and return them with their attention mask, each ``(rows, longest)``.
+
+    Example:
+        >>> ids, mask = pad([[5, 6], [7]], 0, "left")
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6], [0, 7]], [[1, 1], [0, 1]])
+    """
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, place] = 1
+    return ids, mask
+
+
 def sample_digests(input_ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
     """Return one digest a row of the tokens that the mask keeps, whatever the padding.
 
@@ -260,13 +281,3 @@ def _chat_text(messages: Sequence[Row], tokenizer: PreTrainedTokenizerBase | Non
     last = str(messages[-1]["content"]).strip()
     end = text.rfind(last)
     return text[: end + len(last)] if last and end >= 0 else text.strip()
-
-
-def _pad(rows: Sequence[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}

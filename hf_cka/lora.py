@@ -17,7 +17,6 @@ from torch import nn
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.data import Batch
-from hf_cka.representations import unwrap
 from hf_cka.selection import LayerSelection, select_layers
 
 
@@ -229,7 +228,7 @@ def _register() -> None:
 
 
 def _check_same_shape(selection: LayerSelection, model: nn.Module, file: str) -> None:
-    anatomy = find_anatomy(unwrap(model))
+    anatomy = find_anatomy(model)
     model_type = str(getattr(anatomy.model.config, "model_type", ""))
     have = (model_type, anatomy.num_layers, anatomy.layers_path)
     stored = (selection.model_type, selection.num_hidden_layers, selection.layers_path)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.smollm2 import smollm2  # noqa: F401
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

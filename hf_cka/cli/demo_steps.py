@@ -30,9 +30,9 @@ class Budget:
     calibration_samples: int = 96
     calibration_tokens: int = 96
     train_rows: int = 400
-    steps: int = 40
+    steps: int = 24
     batch_size: int = 8
-    heldout_rows: int = 45
+    heldout_rows: int = 48
     pruned_layers: int = 3
     pruning_samples: int = 48
     pruning_tokens: int = 48
@@ -131,7 +131,7 @@ def adapt(
                 output_dir=scratch,
                 max_steps=budget.steps,
                 per_device_train_batch_size=budget.batch_size,
-                learning_rate=1e-3,
+                learning_rate=2e-3,
                 lr_scheduler_type="cosine",
                 warmup_steps=4,
                 gradient_checkpointing=False,
@@ -232,5 +232,5 @@ def save_and_check(
 
 def _quality(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any]) -> tuple[float, float]:
     loss = completion_loss(model, tokenizer, rows, batch_size=16)
-    exact = exact_match(model, tokenizer, rows, max_new_tokens=40, batch_size=16)
+    exact = exact_match(model, tokenizer, rows, max_new_tokens=32, batch_size=len(rows))
     return loss.value, exact.value

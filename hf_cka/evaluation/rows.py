@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from hf_cka.evaluation.running import check_causal, context_limit, input_device, measuring, pad
+from hf_cka.data import pad
+from hf_cka.evaluation.running import check_causal, context_limit, input_device, measuring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,13 +1,15 @@
-"""What every measurement of a model shares: evaluation mode put back afterwards, the device, padded batches."""
+"""What every measurement of a model shares: evaluation mode put back afterwards, and the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from hf_cka.representations import evaluating
 
 
 @contextmanager
@@ -22,14 +24,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def input_device(model: Any) -> torch.device:
@@ -46,24 +42,6 @@ def input_device(model: Any) -> torch.device:
             "with from_pretrained(..., device_map='auto')."
         )
     return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
-
-
-def pad(sequences: Sequence[Sequence[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad token ids to one length and return them with their attention mask, each ``(rows, longest)``.
-
-    Example:
-        >>> ids, mask = pad([[5, 6], [7]], 0, "left")
-        >>> ids.tolist(), mask.tolist()
-        ([[5, 6], [0, 7]], [[1, 1], [0, 1]])
-    """
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        place = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
-        ids[row, place] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, place] = 1
-    return ids, mask
 
 
 def check_causal(model: Any, what: str) -> None:

@@ -6,7 +6,7 @@ norm. No decisions are taken here.
 
 from hf_cka.representations.pooling import SINK_TOKENS, Pooling, default_pooling, pool, resolve_pooling
 from hf_cka.representations.readouts import Readouts, collect, stream_cka
-from hf_cka.representations.running import check_runnable, evaluating, forward, run, token_mask, unwrap
+from hf_cka.representations.running import check_runnable, evaluating, forward, run, token_mask
 
 __all__ = [
     "SINK_TOKENS",
@@ -22,5 +22,4 @@ __all__ = [
     "run",
     "stream_cka",
     "token_mask",
-    "unwrap",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from hf_cka.anatomy import find_anatomy
 from hf_cka.data import Batch, CalibrationInfo
 from hf_cka.representations.pooling import Pooling, resolve_pooling
-from hf_cka.representations.running import Counted, distributed, run, unwrap
+from hf_cka.representations.running import Counted, distributed, run
 from hf_cka.similarity import SimilarityResult, StreamingCKA
 
 
@@ -70,7 +70,7 @@ def collect(
         >>> readouts.outputs[3].shape  # doctest: +SKIP
         torch.Size([128, 576])
     """
-    anatomy = find_anatomy(unwrap(model))
+    anatomy = find_anatomy(model)
     rule = resolve_pooling(pooling, anatomy.kind)
     if rule.kind == "tokens":
         raise ValueError("pooling='tokens' has no fixed number of rows per sample: use stream_cka for it.")
@@ -114,7 +114,7 @@ def stream_cka(
     Example:
         >>> result, info = stream_cka(model, batches)  # doctest: +SKIP
     """
-    anatomy = find_anatomy(unwrap(model))
+    anatomy = find_anatomy(model)
     stream = _Stream()
     counted = run(anatomy, batches, resolve_pooling(pooling, anatomy.kind), stream, progress=progress)
     counted, parts, _ = _gather(counted, stream)

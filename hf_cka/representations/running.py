@@ -132,17 +132,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def token_mask(batch: Batch, index: int = 0) -> torch.Tensor:
     """Return which positions of a batch hold tokens, ``(batch, tokens)``, on the CPU.
 

@@ -15,7 +15,7 @@ from torch import nn
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch, CalibrationInfo
 from hf_cka.lookup import lookup
-from hf_cka.representations import Pooling, Readouts, collect, resolve_pooling, stream_cka, unwrap
+from hf_cka.representations import Pooling, Readouts, collect, resolve_pooling, stream_cka
 from hf_cka.selection.record import LayerSelection, ranking
 from hf_cka.similarity import RBF, SimilarityResult, measure, pairwise_similarity
 
@@ -76,7 +76,7 @@ def select_layers(
         >>> config = LoraConfig(r=16, **selection.lora_kwargs())  # doctest: +SKIP
     """
     score = lookup(CRITERIA, criterion, "criterion")
-    anatomy = find_anatomy(unwrap(model))
+    anatomy = find_anatomy(model)
     if paper:
         if criterion != "cka" or kernel != "linear":
             raise ValueError(f"paper=True is linear CKA; got criterion={criterion!r}, kernel={kernel!r}.")
