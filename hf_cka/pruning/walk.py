@@ -1,0 +1,307 @@
+"""Walk through the layers with calibration data, as the dense model sees it and as the pruned one will.
+
+Each layer is run alone, with the arguments the model itself gives it, on hidden states that were kept from the layer
+before. So a repair of layer l can look at what the layers before it, pruned and repaired already, hand over; each
+layer costs a few calls, and only one layer's statistics are in memory, beside two hidden states per token. The model
+is dense all the way: what a plan removes is silenced, which is what surgery makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cka.anatomy import Anatomy
+from hf_cka.data import Batch
+from hf_cka.pruning.criteria.base import Structure
+from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, select_tokens
+from hf_cka.pruning.criteria.replay import call_with, entering, forwards, hidden_of, rewrap, silenced
+from hf_cka.pruning.plan import PruningPlan
+from hf_cka.representations import check_runnable, forward, token_mask
+
+# A branch is added to the residual stream if doubling its output moves the stream by a multiple of that output, up to
+# this part of it. Rounding stays below; a norm in between is far above.
+_ADDITIVE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_KINDS = {"o": "attention", "down": "mlp"}
+
+
+@dataclass
+class Rows:
+    """One calibration batch in front of a layer.
+
+    Args:
+        calls: per layer, the arguments the model gave it, hidden states left out.
+        mask: ``(batch, tokens)``.
+        dense: hidden states of the dense model, ``(batch, tokens, hidden_size)``.
+        pruned: those of the pruned one.
+        outputs: role -> output of that projection in the dense model, in the layer that was entered last.
+        after: hidden states of the dense model behind that layer, and behind the removed layers that follow it.
+    """
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    mask: torch.Tensor
+    dense: torch.Tensor
+    pruned: torch.Tensor
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    after: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one projection of the pruned model sees, gives and lacks, padding left out.
+
+    Args:
+        inputs: ``(n_tokens, kept features)``.
+        output: ``(n_tokens, hidden_size)``.
+        missing: ``(n_tokens, hidden_size)``: what the output lacks.
+        weight: ``(n_tokens,)`` float64.
+    """
+
+    inputs: torch.Tensor
+    output: torch.Tensor
+    missing: torch.Tensor
+    weight: torch.Tensor
+
+
+def kept_features(anatomy: Anatomy, plan: PruningPlan, layer: int, role: str) -> torch.Tensor | None:
+    """Return the input features of an output projection that a plan keeps, or None if it keeps all.
+
+    Args:
+        anatomy: of the dense model.
+        plan: what will be removed.
+        layer: which layer.
+        role: ``"o"`` or ``"down"``.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_cka.anatomy import find_anatomy
+        >>> shape = dict(hidden_size=4, intermediate_size=8, num_attention_heads=2, vocab_size=16)
+        >>> anatomy = find_anatomy(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **shape)))
+        >>> kept_features(anatomy, PruningPlan(1, "llama", kept_groups={0: [1]}), 0, "o").tolist()
+        [2, 3]
+    """
+    table = plan.kept_groups if role == "o" else plan.kept_units
+    if layer not in table:
+        return None
+    index = torch.tensor(table[layer])
+    if role == "down":
+        return index
+    sizes = anatomy.sizes(layer)
+    width = sizes.num_heads // sizes.num_kv_heads * sizes.head_dim
+    return (index.unsqueeze(1) * width + torch.arange(width)).flatten()
+
+
+class Walk:
+    """Both hidden states of all calibration rows, moved on layer by layer.
+
+    Args:
+        anatomy: of the dense model, in eval mode.
+        plan: what will be removed.
+        batches: model-ready dicts, read once.
+
+    Raises:
+        ValueError: for no data, or a model that does something between its layers.
+
+    Example:
+        >>> walk = Walk(anatomy, plan, batches)  # doctest: +SKIP
+        >>> for layer in plan.kept_layers:  # doctest: +SKIP
+        ...     walk.enter(layer)
+        ...     walk.leave(layer)
+    """
+
+    def __init__(self, anatomy: Anatomy, plan: PruningPlan, batches: Iterable[Batch]) -> None:
+        check_runnable(anatomy.model)
+        self.anatomy, self.plan = anatomy, plan
+        self.rows: list[Rows] = []
+        self.template: Any = None
+        for index, batch in enumerate(batches):
+            self.rows.append(self._start(batch, token_mask(batch, index)))
+        if not self.rows:
+            raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
+        self.gain = {role: self._gain(role) for role in OUTPUT_ROLES}
+        for layer in range(plan.kept_layers[0]):  # removed from the start: only the dense model has them
+            self._advance(layer)
+
+    # ---- what the plan leaves of a layer ----
+
+    def present(self, layer: int) -> list[str]:
+        """Return the output projections of a layer that stay, in the order they run."""
+        gone = {"o": self.plan.removed_attention, "down": self.plan.removed_mlp}
+        return [role for role in OUTPUT_ROLES if role in self.anatomy.projections(layer) and layer not in gone[role]]
+
+    def kept(self, layer: int, role: str) -> torch.Tensor | None:
+        """Return the input features of an output projection that stay, or None if all do."""
+        return kept_features(self.anatomy, self.plan, layer, role)
+
+    def projection(self, layer: int, role: str) -> nn.Module:
+        """Return an output projection."""
+        return self.anatomy.layer(layer).get_submodule(self.anatomy.projections(layer)[role])
+
+    def runs_ahead(self, layer: int) -> int:
+        """Return how many removed layers follow a layer."""
+        gone, count = set(self.plan.removed_layers), 0
+        while layer + count + 1 in gone:
+            count += 1
+        return count
+
+    # ---- moving on ----
+
+    def enter(self, layer: int) -> None:
+        """Run a kept layer, and the removed ones behind it, on the dense states; remember what it gives."""
+        for rows in self.rows:
+            with torch.no_grad(), self._watched(layer) as seen:
+                rows.after = self._call(layer, rows, rows.dense)
+            rows.outputs = {role: output for role, (_, output) in seen.items()}
+            with torch.no_grad():
+                for ahead in range(layer + 1, layer + 1 + self.runs_ahead(layer)):
+                    rows.after = self._call(ahead, rows, rows.after)
+
+    def see(self, layer: int, role: str) -> Iterator[Seen]:
+        """Run a layer, as it is now, on the pruned states, and yield what one projection lacks.
+
+        Where both branches are added to the residual stream, a projection lacks all that the stream lacks behind it,
+        what the layers before and the removed layers ahead left undone included, and a token weighs one over the mean
+        square of the stream there: the next norm divides by just that, and without it a few tokens whose stream is
+        huge (attention sinks) would be all that counts. Elsewhere, with norms between the projection and the stream,
+        it lacks the difference to the dense projection's output.
+
+        Args:
+            layer: entered before.
+            role: ``"o"`` or ``"down"``.
+        """
+        kept = self.kept(layer, role)
+        for rows in self.rows:
+            with torch.no_grad(), self._watched(layer, pruned=True) as seen:
+                behind = self._call(layer, rows, rows.pruned)
+                inputs, output = seen[role]
+                target = rows.dense
+                gain = self.gain[role] if all(self.gain.values()) else None
+                if gain is None:
+                    missing = (_wide(rows.outputs[role]) - _wide(output)).reshape(rows.dense.shape)
+                elif role == "down":
+                    missing, target = (_wide(rows.after) - _wide(behind)) / gain, rows.after
+                else:
+                    own = _wide(rows.outputs["o"]) - _wide(output)
+                    target = rows.dense + gain * rows.outputs["o"]
+                    missing = own + (_wide(rows.dense) - _wide(rows.pruned)) / gain
+                tokens = select_tokens(inputs, rows.mask)
+                weight = tokens.weight.to(tokens.values.device)
+                if gain is not None:
+                    weight = weight / select_tokens(target, rows.mask).values.double().square().mean(dim=1)
+                yield Seen(
+                    tokens.values if kept is None else tokens.values[:, kept.to(tokens.values.device)],
+                    select_tokens(output, rows.mask).values,
+                    select_tokens(missing, rows.mask).values,
+                    weight,
+                )
+
+    def leave(self, layer: int) -> None:
+        """Move on: run the layer, repaired by now, on the pruned states."""
+        for rows in self.rows:
+            with torch.no_grad(), self._watched(layer, pruned=True):
+                rows.pruned = self._call(layer, rows, rows.pruned)
+            rows.dense, rows.outputs = rows.after, {}
+
+    # ---- how a layer is run ----
+
+    def _start(self, batch: Batch, mask: torch.Tensor) -> Rows:
+        """Run the model with layers that hand their input on, and note how it calls each of them."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        handed: list[torch.Tensor] = []
+
+        def noting(original: Any) -> Any:
+            def note(*args: Any, **kwargs: Any) -> Any:
+                hidden = entering(args, kwargs)
+                if handed and hidden is not handed[-1]:
+                    raise ValueError(
+                        f"{type(self.anatomy.model).__name__} changes the hidden states between layers "
+                        f"{len(calls) - 1} and {len(calls)}, so its layers cannot be repaired one by one."
+                    )
+                if self.template is None:  # the form in which layers return: bare, or in a tuple
+                    output = original(*args, **kwargs)
+                    self.template = rewrap(output, hidden_of(output)[:0])
+                handed.append(hidden)
+                # positional hidden states leave an empty place; named ones are put back by `call_with`
+                calls.append(
+                    (((None, *args[1:]) if args else ()), {k: v for k, v in kwargs.items() if v is not hidden})
+                )
+                return rewrap(self.template, hidden)
+
+            return note
+
+        layers = list(self.anatomy.layers)
+        with torch.no_grad(), forwards(layers, [noting(layer.forward) for layer in layers]):
+            forward(self.anatomy, batch)
+        if len(calls) != len(layers):
+            raise ValueError(f"{len(calls)} of {len(layers)} layers ran in the forward pass; a repair needs all.")
+        return Rows(calls, mask, handed[0], handed[0])
+
+    def _call(self, layer: int, rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = rows.calls[layer]
+        return call_with(self.anatomy.layer(layer), hidden, args, kwargs)
+
+    def _advance(self, layer: int) -> None:
+        for rows in self.rows:
+            with torch.no_grad():
+                rows.dense = self._call(layer, rows, rows.dense)
+
+    @contextmanager
+    def _watched(self, layer: int, pruned: bool = False) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Note (input, output) of the output projections, of the dense layer or of what the plan leaves of it."""
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def before(kept: torch.Tensor) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+                mask = torch.zeros(args[0].shape[-1]).index_fill_(0, kept, 1)
+                return (args[0] * mask.to(args[0]), *args[1:])
+
+            return hook
+
+        def after(role: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+                seen[role] = (args[0], output)
+
+            return hook
+
+        with ExitStack() as stack:
+            for role in self.anatomy.projections(layer).keys() & OUTPUT_ROLES:
+                module, kept = self.projection(layer, role), self.kept(layer, role)
+                if pruned and role not in self.present(layer):
+                    stack.enter_context(silenced(self.anatomy, Structure(_KINDS[role], layer)))  # type: ignore[arg-type]
+                if pruned and kept is not None:
+                    stack.callback(module.register_forward_pre_hook(before(kept)).remove)
+                stack.callback(module.register_forward_hook(after(role)).remove)
+            yield seen
+
+    def _gain(self, role: str) -> float | None:
+        """The factor with which a branch is added to the residual stream; None if it is not simply added.
+
+        Read from what the model does: with the other branch silenced, the projection's output is doubled.
+        """
+        having = [i for i in range(self.anatomy.num_layers) if role in self.anatomy.projections(i)]
+        if not having:
+            return 1.0
+        layer, rows = having[0], self.rows[0]
+        others = [r for r in OUTPUT_ROLES if r != role and r in self.anatomy.projections(layer)]
+        with torch.no_grad(), ExitStack() as stack:
+            for other in others:
+                stack.enter_context(silenced(self.anatomy, Structure(_KINDS[other], layer)))  # type: ignore[arg-type]
+            with self._watched(layer) as seen:
+                once = self._call(layer, rows, rows.dense)
+            double = self.projection(layer, role).register_forward_hook(lambda _m, _a, output: 2 * output)
+            stack.callback(double.remove)
+            moved = select_tokens(self._call(layer, rows, rows.dense) - once, rows.mask).values
+            output = select_tokens(seen[role][1], rows.mask).values
+        gain = float((moved * output).sum() / output.square().sum())
+        off = float((moved - gain * output).norm())
+        return gain if off <= _ADDITIVE[once.dtype] * float(moved.norm()) and gain > 0 else None
+
+
+def _wide(hidden: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: what is lacking is a small difference."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
