@@ -87,10 +87,10 @@ def run_demo(
     batches = calibration(
         texts, tokenizer, budget.calibration_samples, budget.calibration_tokens, seed, source="pydoc topics"
     )
-    selection = select_layers(model, batches, 0.5)
+    readouts = collect(model, batches)
+    selection = select_layers(model, readouts, 0.5)
     selection.save(output)
     show(selection.table())
-    readouts = collect(model, batches, pooling="mean")
     features, _ = readouts.distinct()
     heat = pairwise_similarity(features).matrix()
 

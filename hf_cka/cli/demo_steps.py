@@ -35,7 +35,7 @@ class Budget:
     heldout_rows: int = 48
     pruned_layers: int = 3
     pruning_samples: int = 48
-    pruning_tokens: int = 48
+    pruning_tokens: int = 32
     perplexity_tokens: int = 2048
     new_tokens: int = 48
 

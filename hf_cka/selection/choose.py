@@ -31,7 +31,7 @@ class Scores:
 
 def select_layers(
     model: nn.Module,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | Readouts | None = None,
     keep_ratio: float = 0.5,
     *,
     criterion: str = "cka",
@@ -50,7 +50,8 @@ def select_layers(
 
     Args:
         model: a transformers model, or a PEFT model around one. It is left as it was.
-        batches: model-ready dicts, read once; not needed for ``random``, ``first``, ``last`` and ``all``.
+        batches: model-ready dicts, read once; or what :func:`hf_cka.collect` read from this model, to try several
+            choices on one pass. Not needed for ``random``, ``first``, ``last`` and ``all``.
         keep_ratio: share of the layers to keep, above 0 and at most 1.
         criterion: ``cka``, ``block_influence``, ``random``, ``first``, ``last`` or ``all``.
         kernel: of CKA: ``"linear"``, ``"rbf"`` or an :class:`hf_cka.similarity.RBF`.
@@ -86,7 +87,7 @@ def select_layers(
             exclude = (*exclude, 0)
     exclude = tuple(sorted(set(exclude)))
     count = _count(keep_ratio, anatomy.num_layers, exclude, criterion)
-    rule = resolve_pooling(pooling, anatomy.kind)
+    rule = _rule(pooling, anatomy, batches)
     question = _Question(model, anatomy, batches, kernel, estimator, rule, seed, progress)
     result, calibration = score(question)
     # Every process must adapt the same layers, or training would hang: the first one decides.
@@ -123,14 +124,14 @@ class _Question:
 
     model: nn.Module
     anatomy: Anatomy
-    batches: Iterable[Batch] | None
+    batches: Iterable[Batch] | Readouts | None
     kernel: str | RBF
     estimator: str
     pooling: Pooling
     seed: int
     progress: bool
 
-    def data(self) -> Iterable[Batch]:
+    def data(self) -> Iterable[Batch] | Readouts:
         if self.batches is None:
             raise ValueError(
                 "This criterion measures the model: pass calibration batches, for example "
@@ -139,17 +140,21 @@ class _Question:
         return self.batches
 
     def readouts(self) -> Readouts:
-        return collect(self.model, self.data(), pooling=self.pooling, progress=self.progress)
+        data = self.data()
+        if isinstance(data, Readouts):
+            return data
+        return collect(self.model, data, pooling=self.pooling, progress=self.progress)
 
 
 _Answer = tuple[Scores, CalibrationInfo | None]
 
 
 def _cka(question: _Question) -> _Answer:
-    if question.pooling.kind == "tokens":
+    data = question.data()
+    if question.pooling.kind == "tokens" and not isinstance(data, Readouts):
         if question.kernel != "linear":
             raise ValueError(f"Streamed token statistics are linear CKA only; got kernel={question.kernel!r}.")
-        result, info = stream_cka(question.model, question.data(), pooling=question.pooling, progress=question.progress)
+        result, info = stream_cka(question.model, data, pooling=question.pooling, progress=question.progress)
         pairs = list(result.pairs)
     else:
         readouts = question.readouts()
@@ -207,6 +212,17 @@ CRITERIA: dict[str, Callable[[_Question], _Answer]] = {
 
 def _or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _rule(pooling: str | Pooling, anatomy: Anatomy, batches: Iterable[Batch] | Readouts | None) -> Pooling:
+    rule = resolve_pooling(pooling, anatomy.kind)
+    if not isinstance(batches, Readouts):
+        return rule
+    if len(batches.outputs) != anatomy.num_layers:
+        raise ValueError(f"The readouts are of {len(batches.outputs)} layers, the model has {anatomy.num_layers}.")
+    if pooling != "auto" and rule != batches.pooling:
+        raise ValueError(f"The readouts were pooled by {batches.pooling}, not by {rule}: leave pooling out.")
+    return batches.pooling
 
 
 def _count(keep_ratio: float, layers: int, exclude: Sequence[int], criterion: str) -> int:

@@ -121,6 +121,18 @@ def test_excluded_layers_are_never_chosen():
     assert selection.layers == (1, 2)
 
 
+def test_one_pass_serves_several_choices():
+    model = tiny_model("llama")
+    readouts = collect(model, _batches(), progress=False)
+    for criterion in ("cka", "block_influence"):
+        again = select_layers(model, readouts, 0.5, criterion=criterion)
+        assert again == select_layers(model, _batches(), 0.5, criterion=criterion, progress=False)
+    with pytest.raises(ValueError, match="pooled by"):
+        select_layers(model, readouts, pooling="mean")
+    with pytest.raises(ValueError, match="readouts are of 4 layers, the model has 6"):
+        select_layers(tiny_model("llama", num_hidden_layers=6), readouts)
+
+
 def test_token_readouts_are_streamed():
     selection = select_layers(tiny_model("llama"), _batches(), 0.5, pooling="tokens", progress=False)
     assert len(selection.layers) == 2
