@@ -125,7 +125,7 @@ def model_card(
 def _metadata(facts: Facts, base: str | None, license: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:
     record = facts.record
     source = (record.get("calibration") or {}).get("source")
-    named = hub_id(str(source).partition(":")[0]) if source else None
+    named = hub_id(str(source).partition(":")[0]) if source and not Path(str(source)).exists() else None
     settings = record.get("settings") or {}
     found = {
         "library_name": "transformers",

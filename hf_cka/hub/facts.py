@@ -34,7 +34,7 @@ class Facts:
 
     Attributes:
         architecture: the class that was saved ("LlamaForCausalLM").
-        auto_class: the auto class that loads it.
+        auto_class: the auto class that loads it, or the class itself where no auto class knows its head.
         model_type: of `config.json`.
         rung: who can load it ("stock", "relabel" or "hf_cka").
         task: the Hub's name for what it does, if it has one.
@@ -108,6 +108,9 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
             f"The pruning record of {str(path)!r} has format_version {record.get('format_version')!r}; this hf_cka "
             f"reads {_FORMAT}. Update hf_cka."
         )
+    missing = sorted({"parameters_after", "parameters_before", "widths_before"} - set(record))
+    if missing:
+        raise ValueError(f"The pruning record of {str(path)!r} lacks {', '.join(missing)}. Save the model again.")
     plan = PruningPlan.from_dict(record["plan"])
     architecture = (config.get("architectures") or [""])[0]
     model_type = config.get("model_type", "")
@@ -116,11 +119,14 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         rung = "hf_cka"
     elif model_type == "mistral" and plan.model_type == "llama":
         rung = "relabel"
+    loader = auto_class(architecture).__name__
+    if loader == "AutoModel" and rung == "stock" and not architecture.endswith("Model"):
+        loader = architecture  # a head that no auto class knows; AutoModel would drop it
     gone = set(plan.removed_layers)
     widths = record["widths_before"]
     return Facts(
         architecture=architecture,
-        auto_class=auto_class(architecture).__name__,
+        auto_class=loader,
         model_type=model_type,
         rung=rung,
         task=next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None),
@@ -160,7 +166,7 @@ def hub_id(name: Any) -> str | None:
         >>> hub_id("HuggingFaceTB/SmolLM2-135M"), hub_id("stories260k"), hub_id("data/train.jsonl"), hub_id("/x/y")
         ('HuggingFaceTB/SmolLM2-135M', None, None, None)
     """
-    if not isinstance(name, str) or name.lower().endswith(_LOCAL_SUFFIXES) or Path(name).exists():
+    if not isinstance(name, str) or name.lower().endswith(_LOCAL_SUFFIXES):
         return None
     return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) else None
 

@@ -23,7 +23,8 @@ _PATH = re.compile(
     r"(?<![\w.:/\\~-])(?:"
     r"/(?:home|Users|root|tmp|mnt|media|private|scratch|workspaces?|data|fsx|gpfs|lustre|nfs|opt|srv|var|content)"
     r"/[\w.@~+-][^\s\"'`<>)\]},;|]*"
-    r"|[A-Za-z]:\\{1,2}[\w.][^\s\"'`<>)\]},;|]*"
+    # not every drive letter: "A:\n" in a prompt is no path
+    r"|[A-Za-z]:\\{1,2}(?:Users|Windows|Temp|home|data)\\{1,2}[^\s\"'`<>)\]},;|]*"
     r")"
 )
 _WHOLE = re.compile(r"(?:/[\w.@~+ -]+){2,}/?|[A-Za-z]:[\\/][\w.].*|\\\\[\w.-]+\\.+|file://.+")

@@ -215,12 +215,28 @@ def test_bad_input_is_said(folder, change, arguments, message):
         model_card(folder, **arguments)
 
 
+def test_without_jinja2_the_fix_is_named(saved, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.repocard.is_jinja_available", lambda: False)
+    with pytest.raises(ImportError, match=r"pip install 'hf_cka\[report\]'"):
+        model_card(saved["stock"].folder, license="mit")
+
+
+def test_a_local_folder_of_the_same_name_does_not_matter(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "small").mkdir(parents=True)
+    assert 'from_pretrained("user/small")' in model_card(saved["stock"].folder, repo_id="user/small").text
+
+
 def test_a_folder_that_is_no_pruned_checkpoint_is_said(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         model_card(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing.json"):
         model_card(folder, results=tmp_path / "nothing.json")
     config = json.loads((folder / "config.json").read_text())
+    del config["pruning"]["parameters_before"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks parameters_before"):
+        model_card(folder)
     config["pruning"]["format_version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="format_version 99; this hf_cka reads 1. Update hf_cka"):

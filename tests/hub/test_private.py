@@ -36,6 +36,7 @@ def test_what_must_not_leave_is_found_and_located(tmp_path, file, text, found):
         ("README.md", "regular expression /(?i:x)/ and and/or, TCP/IP, model.layers.0, </details>, // comment"),
         ("tokenizer.json", '{"model": {"vocab": {"/home/user": 1}, "merges": ["/home /user"]}, "added_tokens": []}'),
         ("vocab.json", '{"/home/user/": 1}'),
+        ("template.jinja", "Q:\\nwhat\\nA:\\n{{ answer }}"),
         ("config.json", '{"base_model": "user/model", "url": "https://x.org/home/a", "pattern": "/think"}'),
         ("code.py", "hf_quantizer_with_a_long_name_that_goes_on_and_on = hf_cka"),
         ("weights.bin", "/home/me/in/a/binary"),

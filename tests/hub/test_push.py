@@ -33,7 +33,11 @@ request = push_pruned(uneven, "user/uneven", create_pr=True, commit_message="as 
 for folder, name in ((stock, "stock"), (uneven, "uneven")):
     # as a user does right after pruning, without save_pruned
     AutoModelForCausalLM.from_pretrained(folder).push_to_hub(f"user/{name}-direct")
-print(json.dumps({"url": commit.commit_url, "pr": request.pr_url, "branch": branch.oid}))
+try:
+    push_pruned(stock, "user/forbidden", token="hf_wrong", verify=False)
+except OSError as error:
+    answer = str(error)
+print(json.dumps({"answer": answer, "url": commit.commit_url, "pr": request.pr_url, "branch": branch.oid}))
 """
 
 LOAD = """
@@ -146,6 +150,12 @@ def test_branches_and_pull_requests(hub):
     assert stock.messages[1:] == ["Upload llama pruned with hf_cka: 21.3% of it removed", "on a branch"]
     assert "NOTES.md" in running.files("user/stock", "smaller")
     assert "NOTES.md" not in running.files("user/stock")
+
+
+def test_what_the_hub_refuses_is_passed_on(hub):
+    running, printed, _ = hub
+    assert "401" in printed["answer"]
+    assert "user/forbidden" not in running.repos
 
 
 def test_the_model_s_own_push_to_hub_sends_the_remote_code(hub):
