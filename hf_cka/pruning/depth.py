@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
 from hf_cka.pruning.criteria.depth import DEPTH
-from hf_cka.pruning.removable import affordable, candidates, most, parameters_of, take
 from hf_cka.pruning.state import Run
 
 # A lazy run scores this many structures again in one pass; they share the model's own pass.
@@ -45,10 +44,10 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
     """
     if run.history.steps:
         return  # it was checked at the start; the rest of the way is always there
-    anatomy, config = run.anatomy, run.config
-    pool = candidates(anatomy, run.kinds, run.protected())
+    config = run.config
+    pool = run.candidates()
     check_usable(entry, run.context(), pool)
-    all_of_them = most(anatomy, pool)
+    all_of_them = run.removable.most(pool)
     if config.num_layers is not None:
         if config.num_layers > len(all_of_them):
             raise ValueError(
@@ -56,8 +55,8 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
                 f"{'layers' if run.kinds == ('layer',) else 'sub-layers'} can be removed."
             )
         return
-    smallest = min(parameters_of(anatomy, [s]) for s in pool)
-    largest = parameters_of(anatomy, all_of_them)
+    smallest = min(run.removable.parameters([s]) for s in pool)
+    largest = run.removable.parameters(all_of_them)
     total = run.history.parameters
     if not smallest / 2 <= run.need <= largest + smallest / 2:
         raise ValueError(
@@ -105,15 +104,15 @@ def score_structures(run: Run, entry: CriterionEntry, structures: Sequence[Struc
 
 
 def _affordable(run: Run) -> list[Structure]:
-    pool = candidates(run.anatomy, run.kinds, run.protected())
-    return affordable(run.anatomy, pool, run.need, run.config.reach)
+    pool = run.candidates()
+    return run.removable.affordable(pool, run.need, run.config.reach)
 
 
 def _one_share(run: Run, entry: CriterionEntry) -> None:
     """Score once, and remove the step's share of the whole."""
-    pool = candidates(run.anatomy, run.kinds, run.protected())
+    pool = run.candidates()
     scores = score(entry, run.context(), pool, run.config.order)
-    chosen = take(run.anatomy, scores.ranking(), _share(run), run.config.reach, _share_count(run))
+    chosen = run.removable.take(scores.ranking(), _share(run), run.config.reach, _share_count(run))
     if chosen:
         _remove(run, chosen, scores)
     else:
@@ -124,14 +123,14 @@ def _one_run(run: Run, entry: CriterionEntry) -> None:
     """Remove the step's share of layers as the run of neighbours that matters least together."""
     count = _share_count(run)
     if count is None:
-        single = candidates(run.anatomy, run.kinds, run.protected())
-        size = sum(parameters_of(run.anatomy, [s]) for s in single) / len(single)
+        single = run.candidates()
+        size = sum(run.removable.parameters([s]) for s in single) / len(single)
         exact = _share(run) / size
         count = {"nearest": round(exact), "at_least": math.ceil(exact), "at_most": math.floor(exact)}[run.config.reach]
     if count < 1:
         run.record("depth", (), None, {})
         return
-    pool = candidates(run.anatomy, run.kinds, run.protected(), length=count)
+    pool = run.candidates(count)
     scores = score(entry, run.context(), pool, run.config.order)
     _remove(run, [scores.weakest()], scores)
 

@@ -17,7 +17,6 @@ from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usab
 from hf_cka.pruning.criteria.branches import RULES, USES
 from hf_cka.pruning.depth import decisive, named, notes_of, score_structures
 from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.removable import candidates, plan_of
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.pruning.width import layer_parameters, sizes_plan, width_step
@@ -120,7 +119,7 @@ def _check(run: Run, depth: CriterionEntry, width: CriterionEntry) -> None:
     assert config.path is not None
     needs_depth, needs_width = ("L" in config.path, "G" in config.path) if _is_string(config.path) else (True, True)
     if needs_depth:
-        check_usable(depth, context, candidates(run.anatomy, ("layer",), run.protected()))
+        check_usable(depth, context, run.candidates())
     if needs_width:
         check_usable(width, context)
     if config.path in USES:
@@ -193,7 +192,7 @@ def _record(run: Run, chosen: Branch, model: nn.Module, values: dict[str, float]
 def _depth_branch(run: Run, entry: CriterionEntry) -> Branch | str:
     """Remove one layer; or say why that is not possible."""
     try:
-        pool = candidates(run.anatomy, ("layer",), run.protected())
+        pool = run.candidates()
         scores = score_structures(run, entry, pool)
         weakest = scores.weakest()
         value = decisive(run, [weakest], scores)
@@ -201,7 +200,7 @@ def _depth_branch(run: Run, entry: CriterionEntry) -> Branch | str:
         if run.anatomy.num_layers > 1 and "Nothing" not in str(error):
             raise
         return f"depth: {error}"
-    plan = plan_of(run.anatomy, [weakest])
+    plan = run.removable.plan([weakest])
     return Branch("depth", plan, _carry(run), run.in_words([weakest]), scores, value)
 
 

@@ -18,7 +18,7 @@ from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria.base import Kind, ScoringContext, Structure
 from hf_cka.pruning.history import PruningHistory, PruningStep
 from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.removable import num_parameters, plan_of
+from hf_cka.pruning.removable import Removable, num_parameters
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.representations import Pooling, resolve_pooling
 
@@ -49,9 +49,18 @@ class Run:
     on_step: Callable[[PruningStep], None] | None = None
     tune: Callable[[nn.Module], object] | None = None
     anatomy: Anatomy = field(init=False)
+    removable: Removable = field(init=False)
 
     def __post_init__(self) -> None:
+        self._look()
+
+    def _look(self) -> None:
         self.anatomy = find_anatomy(self.model)
+        self.removable = Removable(self.anatomy)
+
+    def candidates(self, length: int = 1) -> list[Structure]:
+        """Return what depth pruning may remove now, or runs of that many layers."""
+        return self.removable.candidates(self.kinds, self.protected(), length)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -105,7 +114,7 @@ class Run:
 
     def remove(self, structures: Sequence[Structure]) -> None:
         """Remove structures, given by current index, from the model."""
-        self.apply(plan_of(self.anatomy, structures))
+        self.apply(self.removable.plan(structures))
 
     def apply(self, plan: PruningPlan) -> None:
         """Apply a plan for the model so far."""
@@ -113,14 +122,14 @@ class Run:
 
     def adopt(self, model: nn.Module, plan: PruningPlan) -> None:
         """Go on with a model that was made from the one so far by a plan."""
-        self.model, self.anatomy = model, find_anatomy(model)
-        self.plan = self.plan.then(plan)
+        self.model, self.plan = model, self.plan.then(plan)
+        self._look()
 
     def adopt_weights(self, weights: Mapping[str, Any]) -> None:
         """Give the model so far weights of its own."""
         self.model = copy.deepcopy(self.model)
         self.model.load_state_dict(weights)
-        self.anatomy = find_anatomy(self.model)
+        self._look()
 
     def record(
         self,
@@ -170,4 +179,10 @@ def sharing_copy(model: nn.Module) -> nn.Module:
         for part in getattr(hook, "hooks", (hook,)):
             for shared in ("weights_map", "tied_params_map"):  # where accelerate keeps offloaded weights
                 memo[id(getattr(part, shared, None))] = getattr(part, shared, None)
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        # A forward that something put on the instance (TRL's trainers do) holds on to the model it was made for, and
+        # the copy would run that model instead of itself. Accelerate's device hooks are copied with their module.
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+            del module.forward
+    return twin

@@ -12,7 +12,7 @@ from hf_cka.anatomy import find_anatomy
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, score
 from hf_cka.pruning.criteria.depth import DEPTH
 from hf_cka.pruning.criteria.shapes import DISSIMILARITIES
-from hf_cka.pruning.removable import plan_of
+from hf_cka.pruning.removable import Removable
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.representations import Pooling, resolve_pooling
 from hf_cka.similarity import cka
@@ -133,7 +133,7 @@ def test_cka_is_that_of_the_readouts_of_a_model_that_was_cut():
         return torch.cat(rows)
 
     for layer in range(4):
-        cut = apply_plan(copy.deepcopy(model), plan_of(given.anatomy, [Structure("layer", layer)]))
+        cut = apply_plan(copy.deepcopy(model), Removable(given.anatomy).plan([Structure("layer", layer)]))
         assert 1 - scores.importance[layer] == pytest.approx(cka(readout(model), readout(cut)), abs=1e-5)
         expected = cka(readout(model), readout(cut), estimator="biased")
         assert 1 - biased.importance[layer] == pytest.approx(expected, abs=1e-5)

@@ -11,7 +11,7 @@ import torch
 from hf_cka.anatomy import find_anatomy
 from hf_cka.pruning.criteria.base import KINDS, ScoringContext, Structure
 from hf_cka.pruning.criteria.leave_one_out import leave_one_out
-from hf_cka.pruning.removable import fits, parameters_of, plan_of
+from hf_cka.pruning.removable import Removable
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.representations import Pooling
 from tests.tiny import SETTINGS, tiny_batch, tiny_model
@@ -46,13 +46,13 @@ def test_leaving_out_is_what_surgery_does(family):
     model = tiny_model(family, head="base")
     given = context(model)
     some = [*(Structure(kind, layer) for layer in (0, 2) for kind in KINDS), Structure("layer", 1, 2)]
-    structures = [s for s in some if not fits(given.anatomy, [s])]
+    structures = [s for s in some if not Removable(given.anatomy).why_not([s])]
     left = leave_one_out(given, structures)
     for structure, readouts in zip(structures, left.readouts, strict=True):
         cut = copy.deepcopy(model)
         before = sum(p.numel() for p in cut.parameters())
-        expected_savings = parameters_of(given.anatomy, [structure])
-        apply_plan(cut, plan_of(given.anatomy, [structure]))
+        expected_savings = Removable(given.anatomy).parameters([structure])
+        apply_plan(cut, Removable(given.anatomy).plan([structure]))
         assert before - sum(p.numel() for p in cut.parameters()) == expected_savings, structure
         torch.testing.assert_close(leave_one_out(context(cut), []).reference, readouts, rtol=1e-5, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_divergence_and_likelihood_are_the_textbook_ones():
     model = tiny_model("qwen3")
     batch = tiny_batch(2, seed=3)
     left = leave_one_out(context(model, [batch]), [Structure("layer", 1)], logits=True)
-    cut = apply_plan(copy.deepcopy(model), plan_of(find_anatomy(model), [Structure("layer", 1)]))
+    cut = apply_plan(copy.deepcopy(model), Removable(find_anatomy(model)).plan([Structure("layer", 1)]))
     with torch.no_grad():
         p, q = (m(**batch).logits.double().log_softmax(-1) for m in (model, cut))
     keep = batch["attention_mask"].bool()
