@@ -6,6 +6,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Without a GPU a CPU build is enough and gigabytes smaller. It is asked for first as `+cpu`; where pip's
 # configured indexes hold no such build, the plain release is taken.
 TORCH  ?= 2.13.0
+# Test processes; each computes on one thread.
+JOBS   ?= 2
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 .PHONY: install demo test lint types clean
@@ -26,7 +28,7 @@ demo: install
 	$(BIN)/hf-cka demo --output demo_output
 
 test: install lint types
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,8 +9,11 @@ from typing import Annotated, Any
 import typer
 
 import hf_cka
+from hf_cka.cli.card import card_command
 from hf_cka.cli.demo import demo_command
+from hf_cka.cli.push import push_command
 from hf_cka.cli.select import select_command
+from hf_cka.cli.verify import verify_command
 
 app = typer.Typer(
     name="hf-cka",
@@ -60,6 +63,9 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, _command in (
     ("select", select_command),
+    ("verify", verify_command),
+    ("card", card_command),
+    ("push", push_command),
     ("demo", demo_command),
 ):
     app.command(_name)(_friendly(_command))
