@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--layers", type=int, default=3, help="how many layers to remove")
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
+    parser.add_argument("--samples", type=int, default=32, help="calibration samples")
     parser.add_argument("--length", type=int, default=64, help="tokens of a calibration sample")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens for perplexity")
     args = parser.parse_args()

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 import hf_cka
 from hf_cka.hub import push_pruned
 
-stock, uneven = sys.argv[1:]
+stock, uneven, relabel = sys.argv[1:]
 push_pruned(stock, "user/stock", verify=False)
+push_pruned(relabel, "user/relabel", verify=False)
 commit = push_pruned(uneven, "user/uneven", private=True)
 for folder in (stock, uneven):
     Path(folder, "NOTES.md").write_text("more to say")  # the client makes no commit without a change
@@ -63,6 +64,7 @@ def load(key, name, **kwargs):
 load("stock", "user/stock")
 load("stock, branch", "user/stock", revision="smaller")
 load("stock, direct", "user/stock-direct")
+load("relabel", "user/relabel")
 try:
     AutoModelForCausalLM.from_pretrained("user/uneven", trust_remote_code=False)
 except ValueError as error:
@@ -91,7 +93,7 @@ def _client(code: str, environment: dict[str, str], *args: str) -> str:
 def hub(saved, tmp_path_factory):
     """The Hub after both rungs were pushed, and what the pushing process printed."""
     root = tmp_path_factory.mktemp("pushed")
-    folders = [shutil.copytree(saved[name].folder, root / name) for name in ("stock", "uneven")]
+    folders = [shutil.copytree(saved[name].folder, root / name) for name in ("stock", "uneven", "relabel")]
     (folders[0] / "training_args.bin").write_bytes(b"/home/someone/out")  # stays behind, and does not stop the push
     with LoopbackHub() as running:
         output = _client(PUSH, running.environment(root / "home"), *map(str, folders))
@@ -103,11 +105,12 @@ def test_what_was_pushed_loads_by_name_and_computes_the_same(hub, saved, tmp_pat
     arguments = json.dumps({name: value.tolist() for name, value in tiny_batch(pad="left").items()})
     output = _client(LOAD, running.environment(tmp_path / "home"), arguments, str(tmp_path / "answers"))
     logits = load_file(tmp_path / "answers")
-    assert len(logits) == 7
+    assert len(logits) == 8
     for key, found in logits.items():
         assert torch.equal(found, saved[key.partition(",")[0]].logits), key
     lines = output.splitlines()
     assert "stock transformers LlamaForCausalLM" in lines
+    assert "relabel transformers MistralForCausalLM" in lines
     assert "uneven, remote code transformers_modules PrunedLlamaForCausalLM" in lines
     assert "uneven, package hf_cka PrunedLlamaForCausalLM" in lines
     assert "refused True" in lines
@@ -118,7 +121,7 @@ def test_nothing_pushed_holds_a_path_of_this_machine_or_a_token(hub, saved):
     running, _, root = hub
     secrets = [TOKEN, str(root), str(Path.home()) + "/", str(saved["stock"].folder.parent), str(Path.cwd())]
     names = set(running.repos)
-    assert names == {"user/stock", "user/uneven", "user/stock-direct", "user/uneven-direct"}
+    assert names == {"user/stock", "user/uneven", "user/relabel", "user/stock-direct", "user/uneven-direct"}
     for name in names:
         files = running.files(name)
         assert {"config.json", "model.safetensors", "README.md"} <= set(files)
