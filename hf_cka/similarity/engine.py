@@ -142,7 +142,7 @@ def feature_space(layers: Sequence[Centred], pairs: Sequence[Pair], block: int, 
         exact = torch.zeros_like(cross, dtype=torch.float64) if n > 4096 and x.dtype != torch.float64 else None
         pending = 0
         for rows in blocks:
-            cross.addmm_(x.block(rows).to(device).T, y.block(rows).to(device))
+            cross.addmm_(x.block(rows).to(device).T, y.block(rows, 1).to(device))
             pending += rows.stop - rows.start
             if exact is not None and (pending >= 4096 or rows.stop == n):
                 exact += cross
@@ -176,7 +176,7 @@ def _row_shares(
     out = n * (a - c) * (b - e) + (a - c) * b.sum() + (b - e) * a.sum() + a @ b
     out -= (r + 2 * a - c) * (q + 2 * b - e)
     for rows in blocks:
-        left, right = x.block(rows).to(r.device), y.block(rows).to(r.device)
+        left, right = x.block(rows).to(r.device), y.block(rows, 1).to(r.device)
         out[rows] += ((left @ cross) * right).sum(1, dtype=torch.float64)
         out[rows] += (left @ weighted_x.to(x.dtype)).double() + (right @ weighted_y.to(x.dtype)).double()
     return out

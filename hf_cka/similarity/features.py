@@ -26,8 +26,9 @@ OUTLIER_SHARE = 0.5
 # far larger: at a spread of one eps, rounding makes up about 4 % of the energy.
 FORWARD_NOISE = 16
 
-# Rows are converted to float64 this many elements at a time, so that no float64 copy of a whole layer exists.
-_CHUNK = 1 << 18
+# Rows are converted to float64 this many elements at a time, in one buffer that stays in the cache: fresh memory for
+# every layer would cost more than the arithmetic.
+_CHUNK = 1 << 17
 
 
 @contextlib.contextmanager
@@ -159,8 +160,8 @@ def column_mean(x: torch.Tensor, index: int) -> torch.Tensor:
     """
     n, d = x.shape
     total = torch.zeros(d, dtype=torch.float64, device=x.device)
-    for rows in row_blocks(n, max(1, _CHUNK // d)):
-        total += x[rows].double().sum(0)
+    for _, part in _in_float64(x):
+        total += part.sum(0)
     if not bool(torch.isfinite(total).all()):
         bad = (~torch.isfinite(x)).nonzero()
         if len(bad) == 0:
@@ -187,7 +188,8 @@ class Centred:
         scale: the power of two.
         energy: squared row norms after centring and scaling, float64 ``(n,)``.
         dtype: what `block` returns.
-        kept: the whole centred matrix, if there was memory for it.
+        kept: the whole centred matrix, if it is worth its memory.
+        room: where `block` may write, ``(2, elements)``, shared by layers; None to allocate.
         status: "ok", "constant", "low_signal" or "outlier_dominated".
         signal_ratio: norm of the centred over the norm of the given features.
         top_sample_share: the largest share of the centred energy that one sample holds.
@@ -199,6 +201,7 @@ class Centred:
     energy: torch.Tensor
     dtype: torch.dtype
     kept: torch.Tensor | None
+    room: torch.Tensor | None
     status: str
     signal_ratio: float
     top_sample_share: float
@@ -216,14 +219,19 @@ class Centred:
         """Whether a similarity with this layer is a number."""
         return self.status in ("ok", "outlier_dominated")
 
-    def block(self, rows: slice) -> torch.Tensor:
-        """Return the centred, scaled rows ``(b, d)``."""
+    def block(self, rows: slice, side: int = 0) -> torch.Tensor:
+        """Return the centred, scaled rows ``(b, d)``; valid until the next block of the same side is read."""
         if self.kept is not None:
             return self.kept[rows]
-        return _subtract(self.source[rows], self.mean, self.dtype).mul_(self.scale)
+        shape = (rows.stop - rows.start, self.width)
+        if self.room is None:
+            out = torch.empty(shape, dtype=self.dtype, device=self.source.device)
+        else:
+            out = self.room[side, : shape[0] * shape[1]].view(shape)
+        return _subtract(self.source[rows], self.mean, out).mul_(self.scale)
 
 
-def centre(x: torch.Tensor, index: int, dtype: torch.dtype, keep: bool) -> Centred:
+def centre(x: torch.Tensor, index: int, dtype: torch.dtype, keep: bool, room: torch.Tensor | None = None) -> Centred:
     """Centre a feature matrix by float64 means, and judge how much signal is left.
 
     Args:
@@ -231,6 +239,7 @@ def centre(x: torch.Tensor, index: int, dtype: torch.dtype, keep: bool) -> Centr
         index: the number of the layer, for error messages.
         dtype: float32 or float64, what the centred rows are returned in.
         keep: hold the centred matrix in memory, instead of centring rows when they are read.
+        room: memory for the rows that are read, ``(2, elements)`` of ``dtype``.
 
     Raises:
         ValueError: for NaN or infinite values.
@@ -245,11 +254,10 @@ def centre(x: torch.Tensor, index: int, dtype: torch.dtype, keep: bool) -> Centr
     mean = column_mean(x, index)
     kept = torch.empty(n, d, dtype=dtype, device=x.device) if keep else None
     energy = torch.empty(n, dtype=torch.float64, device=x.device)
-    for rows in row_blocks(n, max(1, _CHUNK // d)):
-        part = _subtract(x[rows], mean, dtype)
-        energy[rows] = part.double().square().sum(1)
+    for rows, part in _in_float64(x):
+        energy[rows] = part.sub_(mean).square_().sum(1)
         if kept is not None:
-            kept[rows] = part
+            _subtract(x[rows], mean, kept[rows])
     total = float(energy.sum())
     scale = 1.0
     if total > 0:
@@ -263,7 +271,7 @@ def centre(x: torch.Tensor, index: int, dtype: torch.dtype, keep: bool) -> Centr
     whole = total + n * float(mean.square().sum())
     ratio = (total / whole) ** 0.5 if whole > 0 else 0.0
     share = float(energy.max() / energy.sum()) if total > 0 else float("nan")
-    return Centred(x, mean, scale, energy, dtype, kept, judge(ratio, share, n, x.dtype), ratio, share)
+    return Centred(x, mean, scale, energy, dtype, kept, room, judge(ratio, share, n, x.dtype), ratio, share)
 
 
 def judge(signal_ratio: float, top_sample_share: float, n: int, dtype: torch.dtype) -> str:
@@ -303,14 +311,27 @@ def noise_floor(dtype: torch.dtype) -> float:
     return max(eps, FORWARD_NOISE * torch.finfo(torch.float32).eps)
 
 
-def _subtract(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Subtract a float64 mean, rounding only relative to the result.
+def _in_float64(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows and their float64 copies, all in the same buffer, which the caller may overwrite."""
+    n, d = x.shape
+    blocks = row_blocks(n, max(1, _CHUNK // d))
+    if not blocks:
+        return
+    buffer = torch.empty(blocks[0].stop, d, dtype=torch.float64, device=x.device)
+    for rows in blocks:
+        part = buffer[: rows.stop - rows.start]
+        part.copy_(x[rows])
+        yield rows, part
+
+
+def _subtract(x: torch.Tensor, mean: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write ``x`` minus a float64 mean to ``out``, rounding only relative to the result.
 
     In float32 the mean is taken off in two parts, its float32 value and the rest: a float32 subtraction is correctly
     rounded, so this is as exact as subtracting in float64 and rounding once or twice, at a fifth of the time.
     """
-    if dtype == torch.float64 or x.dtype == torch.float64:
-        return (x.double() - mean).to(dtype)
+    if out.dtype == torch.float64 or x.dtype == torch.float64:
+        return out.copy_(x.double() - mean)
     high = mean.to(torch.float32)
     low = (mean - high.double()).to(torch.float32)
-    return (x.float() - high).sub_(low).to(dtype)
+    return torch.sub(x, high, out=out).sub_(low)

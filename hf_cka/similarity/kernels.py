@@ -131,7 +131,8 @@ def raw_tile(
         >>> (out[0, 0] == -out[0, 1]).item()
         True
     """
-    left, right = centred.block(rows).to(out.device), centred.block(cols).to(out.device)
+    left = centred.block(rows).to(out.device)
+    right = left if rows == cols else centred.block(cols, 1).to(out.device)
     if reduced:
         out.copy_(left.bfloat16() @ right.bfloat16().T)
     else:
@@ -185,12 +186,13 @@ def gram_source(centred: Centred, kernel: Kernel, tile: int, reduced: bool = Fal
 
 def _median_square_distance(centred: Centred, tile: int) -> float:
     n = centred.n
+    # copies: a block is valid only until the next one is read
     if n > _MEDIAN_ROWS:
         chosen = torch.linspace(0, n - 1, _MEDIAN_ROWS, device=centred.source.device).round().long()
-        rows = torch.cat([centred.block(slice(int(i), int(i) + 1)) for i in chosen])
+        rows = torch.cat([centred.block(slice(i, i + 1)).clone() for i in chosen.tolist()])
         norms = centred.energy[chosen]
     else:
-        rows, norms = centred.block(slice(0, n)), centred.energy
+        rows, norms = torch.cat([centred.block(part).clone() for part in row_blocks(n, tile)]), centred.energy
     values = []
     for block in row_blocks(len(rows), tile):
         square = norms[block, None] + norms[block.start :] - 2 * (rows[block] @ rows[block.start :].T).double()

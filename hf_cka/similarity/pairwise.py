@@ -151,7 +151,7 @@ class Found:
 def _compute(
     tensors: Sequence[torch.Tensor], pairs: Sequence[Pair], kernel: Kernel, plan: Plan, with_rows: bool
 ) -> Found:
-    layers = [centre(x, i, plan.dtype, plan.keep_centred) for i, x in enumerate(tensors)]
+    layers = _centred(tensors, plan)
     n, count = layers[0].n, len(layers)
     status = [layer.status for layer in layers]
     grams: dict[int, Gram] = {}
@@ -190,6 +190,17 @@ def _compute(
         tuple(layer.top_sample_share for layer in layers),
     )
     return without_empty_debiased(found, pairs, plan)
+
+
+def _centred(tensors: Sequence[torch.Tensor], plan: Plan) -> list[Centred]:
+    """Centre all layers; if the centred features are not kept, they share memory for two blocks per device."""
+    rooms: dict[torch.device, torch.Tensor] = {}
+    if not plan.keep_centred:
+        elements = min(plan.tile, len(tensors[0])) * max(x.shape[1] for x in tensors)
+        for x in tensors:
+            if x.device not in rooms:
+                rooms[x.device] = torch.empty(2, elements, dtype=plan.dtype, device=x.device)
+    return [centre(x, i, plan.dtype, plan.keep_centred, rooms.get(x.device)) for i, x in enumerate(tensors)]
 
 
 def _sums(grams: list[Gram], layers: list[Centred], jobs: list[Pair], plan: Plan, with_rows: bool) -> Sums:

@@ -151,9 +151,11 @@ def make_plan(
         precision = "fp64" if double or min(sample, feature) <= _CHEAP else "fp32"
     plan = Plan(space, precision, 0, True, sample, feature, 0)
     tiles = _TILES_CUDA if cuda else _TILES_CPU
-    # larger blocks save overhead, kept features save centring again for every tile: blocks of 64 rows are enough
-    # to prefer keeping, below that centring again is cheaper than tiny products
-    for keep, allowed in ((True, [t for t in tiles if t >= 64]), (False, tiles)):
+    # With two blocks or fewer every row is centred at most twice, which costs less than fresh memory for all layers.
+    # With more, kept features save centring again for every tile; blocks of 64 rows are enough to prefer keeping,
+    # below that centring again is cheaper than tiny products.
+    kept_tiles = [t for t in tiles if t >= 64] if space == "feature" or n > 2 * tiles[0] else []
+    for keep, allowed in ((True, kept_tiles), (False, tiles)):
         for tile in allowed if space == "sample" else (_BLOCK, 256, 64, 16):
             need = _memory(plan, n, widths, len(pairs), tile, keep, with_rows)
             if need <= memory:
