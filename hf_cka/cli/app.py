@@ -11,6 +11,7 @@ import typer
 import hf_cka
 from hf_cka.cli.card import card_command
 from hf_cka.cli.demo import demo_command
+from hf_cka.cli.prune import prune_command
 from hf_cka.cli.push import push_command
 from hf_cka.cli.select import select_command
 from hf_cka.cli.verify import verify_command
@@ -63,6 +64,7 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, _command in (
     ("select", select_command),
+    ("prune", prune_command),
     ("verify", verify_command),
     ("card", card_command),
     ("push", push_command),

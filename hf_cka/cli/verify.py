@@ -15,14 +15,13 @@ def verify_command(
     device: Annotated[str, typer.Option(help="cpu, cuda:0, or auto for device_map='auto'.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
-    """Reload a checkpoint in a fresh process: every tensor in its place, and caches that change nothing."""
+    """Reload a checkpoint in a fresh process: every tensor in its place, and caches that change nothing.
+
+    Example: hf-cka verify pruned
+    """
     from hf_cka.modeling import verify
 
-    try:
-        result = verify(folder, device=device)
-    except FileNotFoundError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+    result = verify(folder, device=device)
     typer.echo(json.dumps(asdict(result) | {"passed": result.passed}) if as_json else str(result))
     if not result.passed:
         raise typer.Exit(1)
