@@ -6,6 +6,8 @@ import re
 import shutil
 
 import pytest
+import torch
+import transformers
 from huggingface_hub import ModelCard
 
 from hf_cka import PruningPlan, apply_plan
@@ -13,7 +15,7 @@ from hf_cka.hub import model_card
 from hf_cka.hub.card import BEGIN, END
 from hf_cka.hub.facts import read_facts
 from hf_cka.hub.tables import layer_stack
-from tests.tiny import tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 
 @pytest.fixture
@@ -49,6 +51,31 @@ def test_the_examples_are_code_and_name_the_repository(saved, name):
     assert "PruningConfig(method='depth', num_layers=1, criterion='cka', seed=3)" in text
     assert "{{" not in text
     assert "{%" not in text
+
+
+@pytest.mark.parametrize("name", ["stock", "uneven"])
+def test_the_recipe_of_the_card_gives_the_same_model(saved, name, monkeypatch):
+    """The last two examples run as they stand: from the base model to this one, and to the settings of the search."""
+    import hf_cka
+
+    blocks = re.findall(r"```python\n(.*?)```", model_card(saved[name].folder, repo_id="user/small").text, re.DOTALL)
+    again, search = blocks[-2:]
+    asked = []
+
+    def base_model(name, revision):
+        asked.append((name, revision))
+        return tiny_model("llama", num_key_value_heads=4)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", base_model)
+    read = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda repo: read(saved[name].folder))
+    monkeypatch.setattr("hf_cka.prune", lambda model, batches, config: config, raising=False)
+    names: dict = {"batches": []}
+    exec(again + search, names)
+    assert asked == [("someone/tiny-llama", "0123abc")]
+    with torch.no_grad():
+        assert torch.equal(names["model"](**tiny_batch(pad="left"), use_cache=False).logits, saved[name].logits)
+    assert names["result"] == hf_cka.PruningConfig(method="depth", criterion="cka", num_layers=1, seed=3)
 
 
 def test_who_can_load_it_depends_on_the_rung(saved):
