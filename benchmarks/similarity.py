@@ -6,19 +6,18 @@ The peers are optional packages: `pip install --no-deps pytorch-cka torch-cka` (
 
 How they are fed. Both peers read features by hooks on a model. Here the model is a stack of identity modules that emit
 the stored features, so that only their engines are timed, with all samples in one batch (which is also what makes
-their value the full-sample one). pytorch-cka has a second entry, `cka_from_features`; both are timed. For consecutive
-pairs it is called pair by pair, since the other entry only knows all pairs. The plain formula is what one writes by
-hand, per pair and in float32: centre both, then ||X'Y||^2 / (||X'X|| ||Y'Y||) ("features"), or the same from the
-n x n Gram matrices ("Gram").
+their value the full-sample one). pytorch-cka has a second entry, `cka_from_features`; both are timed. The hook engines
+know only all pairs, and compute all where consecutive ones are wanted; beside that, `cka_from_features` and torch-cka
+are called pair by pair there. The plain formula is what one writes by hand, per pair and in float32: centre both, then
+||X'Y||^2 / (||X'X|| ||Y'Y||) ("features"), or the same from the n x n Gram matrices ("Gram").
 
 What is compared. hf_cka computes the debiased and the biased value, and the standard error, in one call; the peers give
 the debiased value alone, the plain formula the biased one alone. Each error is the largest difference to a float64
 textbook computation of the same estimator, on the pairs among 8 evenly spaced layers (for torch-cka at n=4096, which
-takes minutes, on the first with the last). Rounds are interleaved in one
-process, and the best of each is taken.
+takes minutes, on the first with the last). Rounds are interleaved in one process, and the best of each is taken.
 
 A time marked ~ is extrapolated. The cost of every engine is a*L + b*L^2 in the number of layers for all pairs, a*L for
-consecutive ones: the engine is timed at two small numbers of layers (one for consecutive pairs), and a, b solved for.
+consecutive ones: the engine is timed at two small numbers of layers (at one if linear), and a, b solved for.
 With one thread the seconds are CPU seconds of the process, which other processes disturb less than the wall clock.
 
 Features: a synthetic residual stream. Each layer adds a low-rank function of the one before and some noise, all share
@@ -210,29 +209,33 @@ def pytorch_cka_features(features: Features, pairs: str) -> torch.Tensor:
 
 
 def torch_cka(features: Features, pairs: str) -> torch.Tensor:
-    """The package torch-cka, one model with itself; it only knows all pairs, so consecutive ones go pair by pair."""
-    from torch_cka import CKA
+    """The package torch-cka, one model with itself; it only knows all pairs."""
+    return _torch_cka(features, features)
 
-    def engine(x: Features, y: Features) -> torch.Tensor:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            job = CKA(Emitter(x), Emitter(y), "a", "b", names(x), names(y))
-            job.compare(one_batch(x))
-        return job.hsic_matrix
 
-    if pairs == "all":
-        return engine(features, features)
+def torch_cka_pair_by_pair(features: Features, pairs: str) -> torch.Tensor:
+    """The same, called for one pair after the other, each as two models of one layer."""
     out = torch.full((len(features), len(features)), math.nan)
     for i, j in wanted(len(features), pairs):
-        out[i, j] = engine(features[i : i + 1], features[j : j + 1]).item()
+        out[i, j] = _torch_cka(features[i : i + 1], features[j : j + 1]).item()
     return out
+
+
+def _torch_cka(x: Features, y: Features) -> torch.Tensor:
+    from torch_cka import CKA
+
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        job = CKA(Emitter(x), Emitter(y), "a", "b", names(x), names(y))
+        job.compare(one_batch(x))
+    return job.hsic_matrix
 
 
 def rows_for(case: Case) -> list[Row]:
     """The engines of a case, and which of them are extrapolated."""
     small = case.n * case.n * case.width * case.layers < 1e8
     few = None if small else (2,) if case.pairs == "consecutive" else (2, 4)
-    heavy = None if small else (2,) if case.pairs == "consecutive" else (1, 2)
+    heavy = None if small else (2, 4) if case.pairs == "consecutive" else (1, 2)
     # stacked Gram matrices of all layers, and two copies of them
     large = case.layers * case.n**2 * 4 * 3 > 2 << 30
     peers_subset = (4, 8) if large else None
@@ -243,10 +246,11 @@ def rows_for(case: Case) -> list[Row]:
         Row("plain formula, Gram", "biased", plain("Gram"), gram_form),
         Row("plain formula, features", "biased", plain("features"), few),
     ]
-    if case.pairs == "all":
-        rows.append(Row("pytorch-cka, compute_cka", "debiased", pytorch_cka_hooks, peers_subset))
+    rows.append(Row("pytorch-cka, compute_cka", "debiased", pytorch_cka_hooks, peers_subset))
     rows.append(Row("pytorch-cka, cka_from_features", "debiased", pytorch_cka_features, peers_subset))
     rows.append(Row("torch-cka", "debiased", torch_cka, heavy))
+    if case.pairs == "consecutive":
+        rows.append(Row("torch-cka, pair by pair", "debiased", torch_cka_pair_by_pair))
     return rows
 
 
