@@ -256,20 +256,17 @@ def test_a_tampered_checkpoint_is_refused_and_fails_verification(tampered):
 
 
 def test_the_command_reports_and_fails_with_the_checkpoint(tampered, tmp_path):
-    import typer
     from typer.testing import CliRunner
 
-    from hf_cka.cli.verify import verify_command
+    from hf_cka.cli import app
 
-    app = typer.Typer()
-    app.command()(verify_command)
-    good = CliRunner().invoke(app, [str(tmp_path / "good"), "--json"])
+    good = CliRunner().invoke(app, ["verify", str(tmp_path / "good"), "--json"])
     assert good.exit_code == 0
     assert json.loads(good.stdout)["passed"]
-    bad = CliRunner().invoke(app, [str(tampered["missing"])])
+    bad = CliRunner().invoke(app, ["verify", str(tampered["missing"])])
     assert bad.exit_code == 1
     assert "model.layers.2.mlp.up_proj.weight" in bad.stdout
-    none = CliRunner().invoke(app, [str(tmp_path / "nowhere")])
+    none = CliRunner().invoke(app, ["verify", str(tmp_path / "nowhere")])
     assert none.exit_code == 2
     assert "no config.json" in none.output
 
