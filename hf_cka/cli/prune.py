@@ -114,6 +114,9 @@ def prune_command(
     typer.echo(
         f"removed {price.ratio:.2%} of all parameters, {price.non_embedding_ratio:.2%} of those outside embeddings"
     )
+    share = result.history.scored_share
+    if share is not None:
+        typer.echo(f"scoring took {share:.0%} of the layer calls of scoring every candidate at every step")
     typer.echo(f"\n{result.plan.explain(loaded)}" if dry_run else f"\n{saved}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
 from hf_cka.pruning.criteria.depth import DEPTH
+from hf_cka.pruning.criteria.leave_one_out import calls_of
 from hf_cka.pruning.state import Run
 
 # A lazy run scores this many structures again in one pass; they share the model's own pass.
@@ -46,6 +47,8 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
         return  # it was checked at the start; the rest of the way is always there
     config = run.config
     pool = run.candidates()
+    if not pool:
+        raise ValueError(run.removable.why_none(run.kinds, run.protected()))
     check_usable(entry, run.context(), pool)
     all_of_them = run.removable.most(pool)
     if config.num_layers is not None:
@@ -104,8 +107,7 @@ def score_structures(run: Run, entry: CriterionEntry, structures: Sequence[Struc
 
 
 def _affordable(run: Run) -> list[Structure]:
-    pool = run.candidates()
-    return run.removable.affordable(pool, run.need, run.config.reach)
+    return run.removable.affordable(run.candidates(), run.need, run.config.reach)
 
 
 def _one_share(run: Run, entry: CriterionEntry) -> None:
@@ -131,6 +133,8 @@ def _one_run(run: Run, entry: CriterionEntry) -> None:
         run.record("depth", (), None, {})
         return
     pool = run.candidates(count)
+    if not pool:
+        raise ValueError(f"There is no run of {count} layers left. Give more steps, or a smaller ratio.")
     scores = score(entry, run.context(), pool, run.config.order)
     _remove(run, [scores.weakest()], scores)
 
@@ -210,9 +214,9 @@ def _old_scores(run: Run) -> dict[Structure, float]:
 
 def _remove(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> None:
     value = decisive(run, chosen, scores)
-    names, table, notes = run.in_words(chosen), named(run, scores), notes_of(run, scores)
+    names, table, notes, calls = run.in_words(chosen), named(run, scores), notes_of(run, scores), counted(run, scores)
     run.remove(chosen)
-    run.record("depth", names, value, table, notes=notes, layer_calls=scores.layer_calls)
+    run.record("depth", names, value, table, notes=notes, layer_calls=calls)
 
 
 def decisive(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> float:
@@ -228,6 +232,13 @@ def decisive(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> floa
             f"({'; '.join(notes_of(run, scores)[:3])}). Choose a smaller ratio or another criterion."
         )
     return value
+
+
+def counted(run: Run, scores: DepthScores) -> tuple[int, int]:
+    """Return the layer calls that scoring took, and what all candidates would have taken, in one pass."""
+    length = scores.structures[0].length
+    in_full = calls_of(run.anatomy.num_layers, run.candidates(length)) * scores.chunks
+    return scores.layer_calls, in_full
 
 
 def named(run: Run, scores: DepthScores) -> dict[str, float]:

@@ -38,6 +38,7 @@ class PruningStep:
         parameters: of the model after the step.
         ratio: removed parameters over all, after the step.
         layer_calls: calls of a layer that the scoring took, where the criterion counts them.
+        layer_calls_in_full: what scoring every candidate would have taken.
         plan: everything removed so far.
         notes: what could not be scored, and why.
         carry: the part of a KV group per layer that a mixture's attention still owes, as a fraction.
@@ -52,6 +53,7 @@ class PruningStep:
     parameters: int
     ratio: float
     layer_calls: int
+    layer_calls_in_full: int
     plan: PruningPlan
     notes: tuple[str, ...] = ()
     carry: str = "0"
@@ -148,6 +150,12 @@ class PruningHistory:
                 f"The folder holds the history of another run: {'; '.join(differ)}. Use the same settings to go on, or "
                 "another folder."
             )
+
+    @property
+    def scored_share(self) -> float | None:
+        """Layer calls that the scoring took, over those of scoring every candidate at every step; None if uncounted."""
+        full = sum(step.layer_calls_in_full for step in self.steps)
+        return sum(step.layer_calls for step in self.steps) / full if full else None
 
     def table(self) -> str:
         """Return the steps as a Markdown table."""

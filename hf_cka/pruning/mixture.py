@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usable, score
 from hf_cka.pruning.criteria.branches import RULES, USES
-from hf_cka.pruning.depth import decisive, named, notes_of, score_structures
+from hf_cka.pruning.depth import counted, named, notes_of, score_structures
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.surgery import apply_plan
@@ -119,7 +120,10 @@ def _check(run: Run, depth: CriterionEntry, width: CriterionEntry) -> None:
     assert config.path is not None
     needs_depth, needs_width = ("L" in config.path, "G" in config.path) if _is_string(config.path) else (True, True)
     if needs_depth:
-        check_usable(depth, context, run.candidates())
+        pool = run.candidates()
+        if not pool:
+            raise ValueError(run.removable.why_none(run.kinds, run.protected()))
+        check_usable(depth, context, pool)
     if needs_width:
         check_usable(width, context)
     if config.path in USES:
@@ -180,7 +184,7 @@ def _step(run: Run, depth: CriterionEntry, width: CriterionEntry, cost: int) -> 
 
 def _record(run: Run, chosen: Branch, model: nn.Module, values: dict[str, float], notes: Sequence[str] = ()) -> None:
     table = named(run, chosen.scores) if chosen.scores else {}
-    calls = chosen.scores.layer_calls if chosen.scores else 0
+    calls = counted(run, chosen.scores) if chosen.scores else (0, 0)
     notes = [*notes, *(notes_of(run, chosen.scores) if chosen.scores else [])]
     run.adopt(model, chosen.plan)
     words = chosen.words or widths_in_words(run)
@@ -191,17 +195,15 @@ def _record(run: Run, chosen: Branch, model: nn.Module, values: dict[str, float]
 
 def _depth_branch(run: Run, entry: CriterionEntry) -> Branch | str:
     """Remove one layer; or say why that is not possible."""
-    try:
-        pool = run.candidates()
-        scores = score_structures(run, entry, pool)
-        weakest = scores.weakest()
-        value = decisive(run, [weakest], scores)
-    except ValueError as error:
-        if run.anatomy.num_layers > 1 and "Nothing" not in str(error):
-            raise
-        return f"depth: {error}"
+    pool = run.candidates()
+    if not pool:
+        return f"depth: {run.removable.why_none(run.kinds, run.protected())}"
+    scores = score_structures(run, entry, pool)
+    weakest = scores.weakest()
+    if math.isinf(scores.of(weakest)):
+        return f"depth: {entry.name!r} keeps every layer that is left"
     plan = run.removable.plan([weakest])
-    return Branch("depth", plan, _carry(run), run.in_words([weakest]), scores, value)
+    return Branch("depth", plan, _carry(run), run.in_words([weakest]), scores, scores.of(weakest))
 
 
 def _width_branch(run: Run, entry: CriterionEntry, budget: int) -> Branch | str:

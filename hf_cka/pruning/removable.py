@@ -5,7 +5,7 @@ Counting only: nothing is scored and nothing is removed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -119,26 +119,29 @@ class Removable:
             kinds: which kinds.
             protect: current indices of layers that stay.
             length: layers in a run, for whole layers.
+        """
+        return [s for s in self._there(kinds, set(protect), length) if not self.why_not([s])]
 
-        Raises:
-            ValueError: if there are none; the message says why.
+    def why_none(self, kinds: Sequence[Kind], protect: Iterable[int], length: int = 1) -> str:
+        """Return why there are no candidates.
+
+        Args:
+            kinds: as for :meth:`candidates`.
+            protect: likewise.
+            length: likewise.
         """
         kept = set(protect)
-        found, why = [], ""
+        reasons = (self.why_not([s]) for s in self._there(kinds, kept, length))
+        count = self.anatomy.num_layers
+        text = f"Nothing can be removed: of {count} layers, {len(kept)} are protected. {next(reasons, '')}"
+        return text.rstrip()
+
+    def _there(self, kinds: Sequence[Kind], kept: set[int], length: int) -> Iterator[Structure]:
         for layer in range(self.anatomy.num_layers - length + 1):
             for kind in kinds:
                 structure = Structure(kind, layer, length if kind == "layer" else 1)
-                if kept & set(structure.layers) or kind in self.skipped[layer]:
-                    continue
-                reason = self.why_not([structure])
-                if reason:
-                    why = why or reason
-                else:
-                    found.append(structure)
-        if not found:
-            count = self.anatomy.num_layers
-            raise ValueError(f"Nothing can be removed: of {count} layers, {len(kept)} are protected. {why}".rstrip())
-        return found
+                if not kept & set(structure.layers) and kind not in self.skipped[layer]:
+                    yield structure
 
     def most(self, structures: Sequence[Structure]) -> list[Structure]:
         """Return as many of the candidates as can be removed together, so that something is left."""

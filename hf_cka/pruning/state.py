@@ -138,11 +138,11 @@ class Run:
         score: float | None,
         scores: Mapping[str, float],
         branches: Mapping[str, float] | None = None,
-        layer_calls: int = 0,
+        layer_calls: tuple[int, int] = (0, 0),
         notes: Sequence[str] = (),
         carry: Fraction = Fraction(0),
     ) -> None:
-        """Add a step to the history, on disk as well."""
+        """Add a step to the history, on disk as well; ``layer_calls`` are those taken, and those in full."""
         step = PruningStep(
             step=len(self.history.steps) + 1,
             branch=branch,
@@ -152,7 +152,8 @@ class Run:
             branches=dict(branches or {}),
             parameters=self.parameters,
             ratio=self.removed / self.history.parameters,
-            layer_calls=layer_calls,
+            layer_calls=layer_calls[0],
+            layer_calls_in_full=layer_calls[1],
             plan=self.plan,
             notes=tuple(notes),
             carry=str(carry),

@@ -58,6 +58,8 @@ def test_lazy_and_full_rescoring_remove_the_same(name):
     assert [s.removed for s in lazy.history.steps] == [s.removed for s in full.history.steps]
     calls = [sum(step.layer_calls for step in result.history.steps) for result in (lazy, full)]
     assert calls[0] < 0.8 * calls[1]
+    assert full.history.scored_share == 1
+    assert lazy.history.scored_share == calls[0] / calls[1]
 
 
 @pytest.mark.assets
@@ -92,6 +94,12 @@ def test_the_ratio_is_met_to_half_of_the_smallest_structure(structures, reach):
         assert abs(off) <= smallest / 2
     else:
         assert 0 <= (off if reach == "at_least" else -off) < smallest
+
+
+def test_all_that_can_go_goes():
+    result = run(ratio=0.8042, criterion="last")
+    assert result.model.config.num_hidden_layers == 1
+    assert len(run(num_layers=7, criterion="random").plan.removed_layers) == 7
 
 
 def test_steps_score_a_share_at_a_time():

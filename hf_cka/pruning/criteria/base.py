@@ -70,6 +70,7 @@ class DepthScores:
         details: further numbers per structure, for reports (each metric, each rank); NaN where undefined.
         notes: why an importance is undefined, by structure; or what to know about a metric, by its name.
         layer_calls: calls of a layer that it took, where that is counted.
+        chunks: parts into which the batches were cut, likewise.
 
     Raises:
         ValueError: if lengths differ or an importance is NaN.
@@ -85,6 +86,7 @@ class DepthScores:
     details: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     notes: Mapping[Any, str] = field(default_factory=dict)
     layer_calls: int = 0
+    chunks: int = 0
 
     def __post_init__(self) -> None:
         for name, values in (("importance", self.importance), *self.details.items()):
@@ -118,6 +120,7 @@ class DepthScores:
             {name: values + other.details[name] for name, values in self.details.items()},
             {**self.notes, **other.notes},
             self.layer_calls + other.layer_calls,
+            max(self.chunks, other.chunks),
         )
 
     def reversed(self) -> DepthScores:

@@ -59,6 +59,7 @@ def cka_of(left: LeftOut, context: ScoringContext, estimator: str = "debiased") 
         },
         notes=notes,
         layer_calls=left.layer_calls,
+        chunks=left.chunks,
     )
 
 
@@ -80,7 +81,7 @@ def score_one(name: str) -> Callable[[ScoringContext, Sequence[Structure]], Dept
                 "'procrustes'."
             )
         importance = tuple(math.inf if math.isnan(v) else v for v in values)
-        return DepthScores(tuple(structures), importance, {name: values}, notes, left.layer_calls)
+        return DepthScores(tuple(structures), importance, {name: values}, notes, left.layer_calls, left.chunks)
 
     return score
 
@@ -112,7 +113,7 @@ def score_consensus(context: ScoringContext, structures: Sequence[Structure], la
         ranks = rankdata([math.inf if math.isnan(d) else d for d in distances])
         details[f"rank of {name}"] = tuple(map(float, ranks))
         total = [sum_ + float(rank) for sum_, rank in zip(total, ranks, strict=True)]
-    return DepthScores(tuple(structures), tuple(total), details, notes, left.layer_calls)
+    return DepthScores(tuple(structures), tuple(total), details, notes, left.layer_calls, left.chunks)
 
 
 def dissimilarities(left: LeftOut, labels: torch.Tensor | None, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -143,7 +144,9 @@ def score_kl(context: ScoringContext, structures: Sequence[Structure]) -> DepthS
     """
     left = leave_one_out(context, structures, readouts=False, logits=True)
     details = {"perplexity": tuple(map(math.exp, left.nll))} if left.nll else {}
-    return DepthScores(tuple(structures), left.kl, {"kl": left.kl, **details}, layer_calls=left.layer_calls)
+    return DepthScores(
+        tuple(structures), left.kl, {"kl": left.kl, **details}, layer_calls=left.layer_calls, chunks=left.chunks
+    )
 
 
 def score_perplexity(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
@@ -153,4 +156,4 @@ def score_perplexity(context: ScoringContext, structures: Sequence[Structure]) -
     """
     left = leave_one_out(context, structures, readouts=False, logits=True)
     details = {"perplexity": tuple(map(math.exp, left.nll)), "kl": left.kl}
-    return DepthScores(tuple(structures), left.nll, details, layer_calls=left.layer_calls)
+    return DepthScores(tuple(structures), left.nll, details, layer_calls=left.layer_calls, chunks=left.chunks)

@@ -55,6 +55,7 @@ class LeftOut:
             for an encoder.
         reference_nll: that of the whole model.
         layer_calls: how often a layer was called, the measure of what it cost.
+        chunks: parts into which the batches were cut.
     """
 
     structures: tuple[Structure, ...]
@@ -64,6 +65,7 @@ class LeftOut:
     nll: tuple[float, ...]
     reference_nll: float
     layer_calls: int
+    chunks: int
 
 
 def leave_one_out(
@@ -108,14 +110,29 @@ def leave_one_out(
         raise ValueError(f"{', '.join(beyond)}: the model has layers 0 to {anatomy.num_layers - 1}.")
     check_runnable(anatomy.model)
     collected = _Collected(context, len(structures), readouts, logits)
-    calls = 0
+    calls = count = 0
     with evaluating(anatomy.model), torch.no_grad():
         bar = tqdm(context.batches, desc="leave one out", unit="batch", disable=not context.progress, delay=2)
         for index, batch in enumerate(bar):
             mask = token_mask(batch, index)
             for part, rows in chunks(anatomy, batch, mask, len(structures), memory, logits=logits):
                 calls += _Chunk(anatomy, structures, part, logits, shared).run(collected, rows)
-    return collected.result(tuple(structures), calls)
+                count += 1
+    return collected.result(tuple(structures), calls, count)
+
+
+def calls_of(num_layers: int, structures: Sequence[Structure]) -> int:
+    """Return how many layer calls one chunk takes: the model's own pass, and each candidate from its fork on.
+
+    Args:
+        num_layers: of the model.
+        structures: what is left out.
+
+    Example:
+        >>> calls_of(30, [Structure("layer", i) for i in range(30)])
+        465
+    """
+    return num_layers + sum(num_layers - s.layers.stop + (s.kind != "layer") for s in structures)
 
 
 class _Chunk:
@@ -272,8 +289,8 @@ class _Collected:
     def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return pool(hidden, mask.to(hidden.device), self.context.pooling).cpu()
 
-    def result(self, structures: tuple[Structure, ...], calls: int) -> LeftOut:
-        if not calls:
+    def result(self, structures: tuple[Structure, ...], calls: int, chunks: int) -> LeftOut:
+        if not chunks:
             raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
         reference = torch.cat(self.reference) if self.with_readouts else None
         readouts = tuple(torch.cat(parts) for parts in self.readouts) if self.with_readouts else ()
@@ -290,6 +307,7 @@ class _Collected:
             tuple(value / self.predicted for value in self.nll[:-1]) if with_nll else (),
             self.nll[-1] / self.predicted if with_nll else float("nan"),
             calls,
+            chunks,
         )
 
 
