@@ -53,6 +53,8 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):  # both are RuntimeErrors
+            raise
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if _settings["debug"]:
                 raise
