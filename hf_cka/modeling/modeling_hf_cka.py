@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.dataclasses import strict
+from packaging.version import parse
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -210,6 +211,28 @@ def skip_sublayer(layer: nn.Module, layout: Mapping[str, Any], which: str) -> No
         _replace(layer, path, nn.Identity())
 
 
+def require_caches(layout: Mapping[str, Any], skips: Sequence[Sequence[str]]) -> None:
+    """Raise where this transformers would generate wrongly from a decoder whose layers have no attention.
+
+    Its KV caches learned to leave layers out in 5.23; before, they took the length of the text from the first layer
+    even where that layer stores nothing. Can go once 5.23 is the oldest version that is supported.
+
+    Args:
+        layout: the entry of the family, as plain data.
+        skips: the sub-layers that each layer does not have.
+
+    Raises:
+        ImportError: naming the installed version and the one that is needed.
+    """
+    if layout["kind"] != "decoder" or not any("attention" in skip for skip in skips):
+        return
+    if parse(transformers.__version__).release < (5, 23):
+        raise ImportError(
+            f"Decoders with layers without attention need transformers >= 5.23 (installed: {transformers.__version__})"
+            ": older KV caches would generate other text, without an error. Run `pip install -U transformers`."
+        )
+
+
 # ---- the config ----
 
 
@@ -303,6 +326,7 @@ def _cut_to_config(model: Any, config: Any) -> None:
     layers = part(model, layout["layers"])
     if layers is None:
         layers = part(getattr(model, model.base_model_prefix), layout["layers"])
+    require_caches(layout, [own.skip for own in config.per_layer_config])
     heads, kv_heads = _dense_heads(config, layout)
     for layer, own in zip(layers, config.per_layer_config, strict=True):
         for which in own.skip:

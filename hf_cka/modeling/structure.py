@@ -94,6 +94,7 @@ def reshaped_config(family: Family, config: Any, shapes: Sequence[LayerShape]) -
 
     Raises:
         ValueError: if the layers cannot be renumbered because something in the config depends on their index.
+        ImportError: if a decoder loses attention and transformers is older than 5.23; see `require_caches`.
     """
     check_renumbering(family, config, [shape.source for shape in shapes])
     stock = getattr(type(config), "stock_class", type(config))
@@ -116,6 +117,7 @@ def reshaped_config(family: Family, config: Any, shapes: Sequence[LayerShape]) -
         return uniform
     from hf_cka.modeling import modeling_hf_cka as code
 
+    code.require_caches(family.to_dict(), [shape.skip for shape in shapes])
     new.__class__ = code.config_class(stock.model_type)
     new.base_model_type = stock.model_type
     new.hf_cka_layout = family.to_dict()

@@ -191,6 +191,18 @@ def test_what_cannot_be_renumbered_is_refused(model_type, changes, message):
     apply_plan(model, PruningPlan(num_layers=4, model_type=model_type, removed_mlp=(0,)))
 
 
+def test_caches_that_cannot_leave_layers_out_are_noticed(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.22.1")
+    model = tiny_model("llama")
+    with pytest.raises(ImportError, match=r"need transformers >= 5\.23 \(installed: 5\.22\.1\)"):
+        apply_plan(model, make_plan("llama", "attention"))
+    assert not hasattr(model.config, "pruning")
+    apply_plan(model, make_plan("llama", "mlp"))
+    apply_plan(tiny_model("bert"), make_plan("bert", "attention"))
+
+
 def test_tied_weights_stay_tied_and_gradients_keep_their_switch():
     model = tiny_model("llama", tie_word_embeddings=True)
     model.model.layers[0].mlp.requires_grad_(False)

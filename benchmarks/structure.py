@@ -1,0 +1,201 @@
+"""Dense against pruned: file size, resident memory, prefill and decode speed, each as a ratio within one run.
+
+    python benchmarks/structure.py [--model FOLDER] [--dtype float32] [--output DIR]
+
+For each removed share (20, 40 and 60 % of the non-embedding parameters) a model is pruned in two ways: whole layers
+(a stock checkpoint) and a mixture of layers, attention, MLP units and KV groups (the hf_cka rung). Every model is
+saved and measured in a fresh process of its own; dense and pruned runs alternate, and the median of the rounds counts.
+What is removed is chosen by position, not by a criterion: speed and size do not depend on which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHARES = (0.2, 0.4, 0.6)
+
+
+def depth_plan(config: Any, share: float) -> Any:
+    """Whole layers, evenly spread, never the first or the last."""
+    from hf_cka import PruningPlan
+
+    count = round(share * config.num_hidden_layers)
+    inner = range(1, config.num_hidden_layers - 1)
+    removed = sorted({inner[round(k * (len(inner) - 1) / max(count - 1, 1))] for k in range(count)})
+    return PruningPlan(num_layers=config.num_hidden_layers, model_type=config.model_type, removed_layers=tuple(removed))
+
+
+def mixed_plan(config: Any, share: float) -> Any:
+    """A third of the share in layers, the rest in attention, KV groups and MLP units of the others."""
+    from hf_cka import PruningPlan
+
+    layers = config.num_hidden_layers
+    removed = depth_plan(config, share / 3).removed_layers
+    rest = [i for i in range(layers) if i not in removed]
+    inner = 1 - (1 - share) / (1 - len(removed) / layers)  # to be removed from each of the others
+    attention = [i for i in rest if i % 4 == 1][: round(inner * len(rest) / 2)]
+    groups = max(1, round((1 - inner) * config.num_key_value_heads))
+    units = max(64, round((1 - inner) * config.intermediate_size / 64) * 64)
+    return PruningPlan(
+        num_layers=layers,
+        model_type=config.model_type,
+        removed_layers=removed,
+        removed_attention=tuple(attention),
+        kept_groups={i: range(groups) for i in rest if i not in attention and groups < config.num_key_value_heads},
+        kept_units={i: range(units) for i in rest},
+    )
+
+
+def measure(folder: str, prefill: int, decode: int) -> dict[str, float]:
+    """In a fresh process: resident memory of the loaded model, and tokens per second (best of three)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import hf_cka  # noqa: F401
+
+    # everything that is imported or allocated on first use, before the weights come
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    before = _resident()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # out of the file mapping, into memory that counts
+    resident = _resident() - before
+    ids = torch.randint(5, model.config.vocab_size, (1, prefill), generator=torch.Generator().manual_seed(0))
+    prefills, decodes = [], []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+            middle = time.perf_counter()
+            for step in range(decode):
+                model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            prefills.append(prefill / (middle - start))
+            decodes.append(decode / (time.perf_counter() - middle))
+    return {"resident": resident, "prefill": max(prefills), "decode": max(decodes)}
+
+
+def _resident() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("This benchmark reads resident memory from /proc/self/status, which this system lacks.")
+
+
+def in_fresh_process(folder: Path, prefill: int, decode: int) -> dict[str, float]:
+    """Run `measure` in a process of its own."""
+    command = [sys.executable, __file__, "--measure", str(folder), "--prefill", str(prefill), "--decode", str(decode)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if done.returncode:
+        raise RuntimeError(f"measuring {folder} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _load(source: str | None, dtype: torch.dtype) -> Any:
+    if source is None:
+        from hf_cka.cli.demo_assets import load_demo_model
+
+        return load_demo_model()[0].to(dtype)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+
+
+def main() -> None:
+    """Prune, save, measure, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--prefill", type=int, default=256)
+    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="folder for structure.json")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.prefill, options.decode)))
+        return
+
+    from hf_cka import apply_plan, save_pruned
+
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        model = _load(options.model, getattr(torch, options.dtype))
+        save_pruned(model, root / "dense", verify=False)
+        config = model.config
+        cases: list[dict[str, Any]] = []
+        for share in SHARES:
+            for name, make in (("layers", depth_plan), ("mixed", mixed_plan)):
+                plan = make(config, share)
+                model = _load(str(root / "dense"), getattr(torch, options.dtype))
+                price = plan.price(model, options.prefill)
+                folder = root / f"{name}{share}"
+                saved = save_pruned(apply_plan(model, plan), folder, verify=False)
+                cases.append({"name": name, "share": share, "folder": folder, "rung": saved.rung.name, "price": price})
+        runs: dict[Path, list[dict[str, float]]] = {}
+        for number in range(options.rounds):
+            for folder in (root / "dense", *(case["folder"] for case in cases)):
+                print(f"round {number + 1}, {folder.name}", file=sys.stderr, flush=True)
+                runs.setdefault(folder, []).append(in_fresh_process(folder, options.prefill, options.decode))
+
+        def ratio(folder: Path, key: str, invert: bool = False) -> float:
+            each = [p[key] / d[key] for p, d in zip(runs[folder], runs[root / "dense"], strict=True)]
+            return statistics.median(1 / r if invert else r for r in each)
+
+        def size(folder: Path) -> int:
+            return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+        for case in cases:
+            before, after, folder = case["price"].before, case["price"].after, case["folder"]
+            rows.append(
+                {
+                    "removed": f"{case['share']:.0%} {case['name']}",
+                    "rung": case["rung"],
+                    "parameters": after.parameters / before.parameters,
+                    "file": size(folder) / size(root / "dense"),
+                    "resident": ratio(folder, "resident"),
+                    "non_embedding": after.non_embedding_parameters / before.non_embedding_parameters,
+                    "prefill_time": ratio(folder, "prefill", invert=True),
+                    "decode_time": ratio(folder, "decode", invert=True),
+                }
+            )
+        dense = {key: statistics.median(run[key] for run in runs[root / "dense"]) for key in runs[root / "dense"][0]}
+    report(rows, dense, options)
+
+
+def report(rows: list[dict[str, Any]], dense: dict[str, float], options: argparse.Namespace) -> None:
+    """Print the table and whether the targets are met; write it if a folder was given."""
+    print(
+        f"dense, {options.dtype}, {torch.get_num_threads()} threads: {dense['resident'] / 1e6:.0f} MB resident, "
+        f"prefill {dense['prefill']:.0f} and decode {dense['decode']:.1f} tokens/s at {options.prefill} tokens"
+    )
+    print("pruned / dense (times: below 1 is faster)")
+    keys = ("parameters", "file", "resident", "non_embedding", "prefill_time", "decode_time")
+    print(f"{'removed':>12} {'rung':>8} " + " ".join(f"{key:>13}" for key in keys) + "  targets")
+    for row in rows:
+        missed = [key for key in ("file", "resident") if abs(row[key] - row["parameters"]) > 0.02]
+        missed += ["decode_time"] if row["decode_time"] > row["non_embedding"] + 0.05 else []
+        row["missed"] = missed
+        print(
+            f"{row['removed']:>12} {row['rung']:>8} "
+            + " ".join(f"{row[key]:13.3f}" for key in keys)
+            + ("  met" if not missed else f"  missed: {', '.join(missed)}")
+        )
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "structure.json").write_text(json.dumps({"dense": dense, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
