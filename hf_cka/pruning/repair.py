@@ -99,7 +99,7 @@ def least_squares(
     batches: Iterable[Batch],
     *,
     damping: float = 0.01,
-    every: bool = True,
+    every: bool | None = None,
     sequential: bool = True,
     progress: bool = False,
 ) -> list[Repaired]:
@@ -115,7 +115,8 @@ def least_squares(
         plan: what will be removed.
         batches: calibration batches; a few times as many tokens as units.
         damping: of the correction, relative to the mean squared input.
-        every: refit every projection that stays, not only those that lose inputs. Needs ``sequential``.
+        every: refit every projection that stays, not only those that lose inputs. None does so where the plan removes
+            layers or sub-layers; where only widths go it changes little and doubles the time. Needs ``sequential``.
         sequential: walk through the pruned model.
         progress: show a bar.
 
@@ -133,6 +134,8 @@ def least_squares(
         raise ValueError(f"damping must be positive, got {damping}: kept units can be collinear.")
     if not sequential:
         return list(_dense_least_squares(anatomy, plan, batches, damping, progress))
+    if every is None:
+        every = bool(plan.removed_layers or plan.removed_attention or plan.removed_mlp)
     done = []
     walk = Walk(anatomy, plan, batches)
     for layer in tqdm(plan.kept_layers, desc="least squares", unit="layer", disable=not progress, delay=2):

@@ -35,7 +35,7 @@ def plan_for(model, **more) -> PruningPlan:
     )
 
 
-def data(rows: int = 24, length: int = 12, seed: int = 0) -> list[dict]:
+def data(rows: int = 16, length: int = 12, seed: int = 0) -> list[dict]:
     return [tiny_batch(length=length, seed=seed + i) for i in range(rows)]
 
 
@@ -57,7 +57,8 @@ def test_least_squares_lowers_the_error_in_every_family(model_type):
     plain, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
     report = repair(repaired, plan, batches, progress=False)
     assert all(0 <= step.after <= step.before for step in report.repaired)
-    assert {(step.layer, step.role) for step in report.repaired} == {(i, r) for i in range(4) for r in ("o", "down")}
+    cut = [(0, "down"), (1, "o"), (1, "down"), (3, "down")]
+    assert [(step.layer, step.role) for step in report.repaired] == cut
     apply_plan(plain, plan)
     apply_plan(repaired, plan)
     assert output_error(repaired, dense, batches) < 0.7 * output_error(plain, dense, batches)
@@ -111,7 +112,7 @@ def test_collinear_units_are_repaired_without_loss():
     plan = PruningPlan(4, "llama", kept_units={i: range(24) for i in range(4)})
     plain, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
     batches, other = data(), data(8, seed=500)
-    repair(repaired, plan, batches, damping=1e-6, every=False, progress=False)
+    repair(repaired, plan, batches, damping=1e-6, progress=False)
     apply_plan(plain, plan)
     apply_plan(repaired, plan)
     assert output_error(repaired, dense, other) < 1e-4 * output_error(plain, dense, other)
@@ -150,7 +151,7 @@ def test_mean_shift_corrects_the_mean(model_type):
 def test_a_removed_run_becomes_a_linear_map(model_type):
     dense = tiny_model(model_type)
     plan = PruningPlan(4, model_type, removed_layers=(1, 2))
-    batches = data(40)
+    batches = data(24)
     errors = {}
     for method in (None, "linear_map", "least_squares"):
         model = copy.deepcopy(dense)
@@ -167,11 +168,11 @@ def test_removed_sublayers_and_first_layers_are_corrected_by_what_stays():
     dense = tiny_model("llama")
     plan = PruningPlan(4, "llama", removed_layers=(0,), removed_attention=(2,), removed_mlp=(1,))
     plain, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = repair(repaired, plan, data(40), progress=False)
+    report = repair(repaired, plan, data(24), progress=False)
     assert [(s.layer, s.role) for s in report.repaired] == [(1, "o"), (2, "down"), (3, "o"), (3, "down")]
     apply_plan(plain, plan)
     apply_plan(repaired, plan)
-    assert output_error(repaired, dense, data(40)) < 0.7 * output_error(plain, dense, data(40))
+    assert output_error(repaired, dense, data(24)) < 0.7 * output_error(plain, dense, data(24))
 
 
 @pytest.mark.parametrize(("model_type", "gain"), [("llama", 1.0), ("granite", 0.7), ("gemma2", None), ("bert", None)])
@@ -267,13 +268,13 @@ def story_batches(assets, stories):
     """Calibration and held-out text: batches of different stories."""
     model, tokenizer = stories
     lines = (assets / "lm" / "tinystories_a.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["text"] for line in lines[:72]]
+    texts = [json.loads(line)["text"] for line in lines[:48]]
 
     def batches(part):
-        rows = [tokenizer(text)["input_ids"][:128] for text in part]
+        rows = [tokenizer(text)["input_ids"][:96] for text in part]
         return [{"input_ids": torch.tensor([row])} for row in rows]
 
-    return model, batches(texts[:48]), batches(texts[48:])
+    return model, batches(texts[:36]), batches(texts[36:])
 
 
 @pytest.mark.assets
