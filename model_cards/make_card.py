@@ -9,6 +9,7 @@ beside this script. The controls remove as many layers: by magnitude, and at ran
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,9 @@ def main() -> None:
         "notes": f"Perplexity of {args.tokens:,} tokens of the other quarter of the documentation topics, in windows "
         f"of 512 without overlap, without any training after the pruning. Weights: {weights}.",
     }
+    (args.output / "results.json").write_text(json.dumps(measured, indent=1))
     limits = ["Speed was not measured here; layers that are gone save their share of the time of all layers."]
-    card = model_card(args.output, license=LICENSE, results=measured, limits=limits)
+    card = model_card(args.output, license=LICENSE, results=args.output / "results.json", limits=limits)
     for target in (args.output / "README.md", HERE / "SmolLM2-135M-Instruct-pruned.md"):
         card.save(target)
         print(f"Wrote {target}")

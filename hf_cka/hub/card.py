@@ -29,6 +29,7 @@ PLACEHOLDER = "USER/NAME"
 _SECONDS = 4.0  # to wait for the Hub when asking for the licence of the base
 _CALIBRATION = {
     "num_samples": "{:,} samples",
+    "samples": "{:,} samples",
     "num_tokens": "{:,} tokens",
     "max_length": "cut at {:,} tokens",
     "seed": "seed {}",
@@ -184,7 +185,8 @@ def _limits(facts: Facts, measured: bool) -> list[str]:
         limits.insert(
             0, "Removing parts of a model costs quality, and how much was not measured here: measure it first."
         )
-    samples = (facts.record.get("calibration") or {}).get("num_samples")
+    calibration = facts.record.get("calibration") or {}
+    samples = calibration.get("num_samples") or calibration.get("samples")
     if samples:
         limits.append(
             f"What to remove was decided on {samples:,} samples of the data named above; on text of another kind "
@@ -212,21 +214,15 @@ def _history(record: Mapping[str, Any]) -> str:
     return markdown_table(["round", "method", "parameters after"], rows)
 
 
-def _config_repr(record: Mapping[str, Any]) -> str:
-    """The arguments of the `PruningConfig` of the record, or "" where its settings are of another kind."""
+def _searchable(record: Mapping[str, Any]) -> bool:
+    """Whether the method and settings of the record are those of a `PruningConfig`."""
     from hf_cka.pruning.config import PruningConfig
 
-    settings = {k: v for k, v in (record.get("settings") or {}).items() if v is not None}
-    if not record.get("method"):
-        return ""
     try:
-        config = PruningConfig.from_dict({"method": record["method"], **settings})
-    except (TypeError, ValueError):
-        return ""
-    target = {"num_layers": config.num_layers} if config.ratio is None else {"ratio": config.ratio}
-    plain = PruningConfig(method=config.method, **target).to_dict()
-    values = {k: v for k, v in config.to_dict().items() if k in target or v != plain[k] or k == "criterion"}
-    return ", ".join(f"{name}={value!r}" for name, value in {"method": config.method, **values}.items())
+        PruningConfig.from_dict({"method": record["method"], **record["settings"]})
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _render(
@@ -235,6 +231,7 @@ def _render(
     from huggingface_hub import ModelCard, ModelCardData
 
     settings = facts.record.get("settings")
+    scores = score_table(facts)
     fields = {
         **more,
         "facts": facts,
@@ -244,13 +241,14 @@ def _render(
         "layer_stack": layer_stack(facts),
         "removed_table": removed_table(facts),
         "width_table": width_table(facts),
-        "score_table": score_table(facts),
+        "score_title": scores[0],
+        "score_table": scores[1],
         "loaders": _loaders(facts),
         "stock_class": facts.architecture.removeprefix("Pruned"),
         "calibration": _calibration(facts.record),
         "settings": json.dumps(settings) if settings else "",
         "history": _history(facts.record),
-        "config_repr": _config_repr(facts.record),
+        "searchable": _searchable(facts.record),
         "results_table": results[0],
         "results_command": results[1],
         "results_notes": results[2],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cka.hub.facts import Facts
+from hf_cka.pruning.history import PruningHistory
 from hf_cka.pruning.plan import as_ranges
 
 _PER_ROW = 60  # layers in one row of the picture
@@ -107,18 +108,30 @@ def layer_stack(facts: Facts) -> str:
     return "\n\n".join([*blocks, legend])
 
 
-def score_table(facts: Facts) -> str:
-    """Return the scores, least important first, or "" where there are none, too many, or not one number each.
+def score_table(facts: Facts) -> tuple[str, str]:
+    """Return what the scores file tells, as (title, table): the steps of a run, or one score for each structure.
 
     Args:
         facts: of the checkpoint.
+
+    Returns:
+        Two empty strings where there is no such file, or it holds something else or too much for a card.
     """
     scores = facts.scores
-    if not isinstance(scores, Mapping) or not 0 < len(scores) <= _MAX_SCORES:
-        return ""
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in scores.values()):
-        return ""
-    return markdown_table(["structure", "score"], sorted(scores.items(), key=lambda item: item[1]))
+    if not isinstance(scores, Mapping) or not scores:
+        return "", ""
+    if isinstance(scores.get("steps"), list):
+        try:
+            history = PruningHistory.from_json(json.dumps(scores))
+        except (KeyError, TypeError, ValueError):
+            return "", ""  # of another version; the file is there for those who want it
+        few = 0 < len(history.steps) <= _MAX_SCORES
+        return ("The steps, and the score of what went", history.table()) if few else ("", "")
+    plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in scores.values())
+    if not plain or len(scores) > _MAX_SCORES:
+        return "", ""
+    rows = sorted(scores.items(), key=lambda item: item[1])
+    return "Scores of the structures, least important first", markdown_table(["structure", "score"], rows)
 
 
 def results_table(results: Any) -> tuple[str, str | None, str | None]:

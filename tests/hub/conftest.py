@@ -14,7 +14,7 @@ from tests.tiny import tiny_batch, tiny_model
 RECORD = {
     "method": "depth",
     "settings": {"criterion": "cka", "num_layers": 1, "seed": 3},
-    "calibration": {"source": "someone/texts:plain", "num_samples": 128, "num_tokens": 9000, "seed": 7, "hash": "ab12"},
+    "calibration": {"source": "someone/texts:plain", "samples": 128, "num_tokens": 9000, "seed": 7, "hash": "ab12"},
     "base_model": "someone/tiny-llama",
     "base_revision": "0123abc",
 }

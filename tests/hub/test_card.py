@@ -48,7 +48,6 @@ def test_the_examples_are_code_and_name_the_repository(saved, name):
         ast.parse(block)
     assert 'AutoModelForCausalLM.from_pretrained("user/small")' in blocks[0]
     assert 'from_pretrained("someone/tiny-llama", revision="0123abc")' in text
-    assert "PruningConfig(method='depth', num_layers=1, criterion='cka', seed=3)" in text
     assert "{{" not in text
     assert "{%" not in text
 
@@ -70,7 +69,7 @@ def test_the_recipe_of_the_card_gives_the_same_model(saved, name, monkeypatch):
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda repo: read(saved[name].folder))
     monkeypatch.setattr("hf_cka.prune", lambda model, batches, config: config, raising=False)
-    names: dict = {"batches": []}
+    names: dict = {"batches": [], "base": None}
     exec(again + search, names)
     assert asked == [("someone/tiny-llama", "0123abc")]
     with torch.no_grad():
@@ -130,6 +129,20 @@ def test_calibration_scores_and_settings_are_shown(saved):
     assert '"criterion": "cka"' in text
     scores = re.search(r"\| structure \| score \|\n\|---\|---\|\n((?:\|.*\n)+)", text)[1]
     assert scores.splitlines()[0] == "| layer 0 | 0 |"
+
+
+def test_the_history_of_a_run_is_a_table(folder):
+    from hf_cka import PruningConfig, prune
+
+    result = prune(tiny_model("llama"), [], PruningConfig(criterion="random", num_layers=2))
+    scores = {"format_version": 1, "scores": json.loads(result.history.to_json())}
+    (folder / "pruning_scores.json").write_text(json.dumps(scores))
+    text = model_card(folder).text
+    assert "<summary>The steps, and the score of what went</summary>" in text
+    assert result.history.table() in text
+    scores["scores"]["version"] = 99
+    (folder / "pruning_scores.json").write_text(json.dumps(scores))
+    assert "`pruning_scores.json` holds what the criterion measured." in model_card(folder).text
 
 
 def test_a_model_saved_without_save_pruned_has_a_card_too(tmp_path):
