@@ -214,9 +214,10 @@ def _old_scores(run: Run) -> dict[Structure, float]:
 
 def _remove(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> None:
     value = decisive(run, chosen, scores)
-    names, table, notes, calls = run.in_words(chosen), named(run, scores), notes_of(run, scores), counted(run, scores)
+    names, table, calls = run.in_words(chosen), named(run, scores), counted(run, scores)
+    notes, details = notes_of(run, scores), details_of(run, scores)
     run.remove(chosen)
-    run.record("depth", names, value, table, notes=notes, layer_calls=calls)
+    run.record("depth", names, value, table, notes=notes, layer_calls=calls, details=details)
 
 
 def decisive(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> float:
@@ -244,6 +245,15 @@ def counted(run: Run, scores: DepthScores) -> tuple[int, int]:
 def named(run: Run, scores: DepthScores) -> dict[str, float]:
     """Return the scores by original name; a run of layers goes by its first."""
     return {run.in_words([s])[0]: v for s, v in zip(scores.structures, scores.importance, strict=True)}
+
+
+def details_of(run: Run, scores: DepthScores) -> dict[str, dict[str, float]]:
+    """Return the further numbers by original name, without those that are undefined."""
+    names = [run.in_words([s])[0] for s in scores.structures]
+    return {
+        what: {name: v for name, v in zip(names, values, strict=True) if not math.isnan(v)}
+        for what, values in scores.details.items()
+    }
 
 
 def notes_of(run: Run, scores: DepthScores) -> list[str]:

@@ -34,6 +34,8 @@ class PruningStep:
         removed: what went, in words.
         score: the importance of what went (the highest of several), or what decided between branches.
         scores: the importance of every candidate that was scored.
+        details: further numbers of the criterion (each metric, each rank), by name, then by candidate; without those
+            that are undefined.
         branches: what each branch got from the path rule; higher was better.
         parameters: of the model after the step.
         ratio: removed parameters over all, after the step.
@@ -49,6 +51,7 @@ class PruningStep:
     removed: tuple[str, ...]
     score: float | None
     scores: Mapping[str, float]
+    details: Mapping[str, Mapping[str, float]]
     branches: Mapping[str, float]
     parameters: int
     ratio: float
@@ -60,16 +63,19 @@ class PruningStep:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data; infinite scores become the word ``"inf"``, which strict JSON holds."""
-        data = {**vars(self), "plan": self.plan.to_dict(), "score": _plain(self.score)}
+        details = {name: {k: _plain(v) for k, v in table.items()} for name, table in self.details.items()}
+        data = {**vars(self), "plan": self.plan.to_dict(), "score": _plain(self.score), "details": details}
         return data | {name: {k: _plain(v) for k, v in data[name].items()} for name in ("scores", "branches")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningStep:
         """Read what ``to_dict`` wrote."""
         tables = {name: {k: float(v) for k, v in data[name].items()} for name in ("scores", "branches")}
+        details = {name: {k: float(v) for k, v in table.items()} for name, table in data["details"].items()}
         score = None if data["score"] is None else float(data["score"])
         rest = {name: tuple(data[name]) for name in ("removed", "notes")}
-        return cls(**{**data, **tables, **rest, "score": score, "plan": PruningPlan.from_dict(data["plan"])})
+        plan = PruningPlan.from_dict(data["plan"])
+        return cls(**{**data, **tables, **rest, "score": score, "details": details, "plan": plan})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usable, score
 from hf_cka.pruning.criteria.branches import RULES, USES
-from hf_cka.pruning.depth import counted, named, notes_of, score_structures
+from hf_cka.pruning.depth import counted, details_of, named, notes_of, score_structures
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.surgery import apply_plan
@@ -184,13 +184,24 @@ def _step(run: Run, depth: CriterionEntry, width: CriterionEntry, cost: int) -> 
 
 def _record(run: Run, chosen: Branch, model: nn.Module, values: dict[str, float], notes: Sequence[str] = ()) -> None:
     table = named(run, chosen.scores) if chosen.scores else {}
+    details = details_of(run, chosen.scores) if chosen.scores else {}
     calls = counted(run, chosen.scores) if chosen.scores else (0, 0)
     notes = [*notes, *(notes_of(run, chosen.scores) if chosen.scores else [])]
     run.adopt(model, chosen.plan)
     words = chosen.words or widths_in_words(run)
     value = values.get(chosen.name, chosen.decisive)
     _save_weights(run)
-    run.record(chosen.name, words, value, table, values, layer_calls=calls, notes=notes, carry=chosen.carry)
+    run.record(
+        chosen.name,
+        words,
+        value,
+        table,
+        values,
+        layer_calls=calls,
+        notes=notes,
+        carry=chosen.carry,
+        details=details,
+    )
 
 
 def _depth_branch(run: Run, entry: CriterionEntry) -> Branch | str:
@@ -275,7 +286,7 @@ def _width_step(parameters: ModelParameters, budget: int, carry: Fraction, setti
 
 def _save_weights(run: Run) -> None:
     """Tuning that is kept cannot be repeated from the plan."""
-    if run.output is not None and run.tune is not None and run.config.method == "everything":
+    if run.output is not None and run.writes and run.tune is not None and run.config.method == "everything":
         run.output.mkdir(parents=True, exist_ok=True)
         scratch = run.output / f"{WEIGHTS}.tmp"
         torch.save(run.model.state_dict(), scratch)

@@ -6,7 +6,9 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from hf_cka.anatomy import find_anatomy
@@ -21,6 +23,7 @@ from hf_cka.pruning.repair import repair
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.pruning.width_run import prune_width
+from hf_cka.representations.running import distributed
 
 # what carries a run to its end
 PRUNERS: dict[str, Callable[[Run], None]] = {"depth": prune_depth, "width": prune_width, "mixture": prune_mixture}
@@ -58,7 +61,8 @@ def prune(
 
     Args:
         model: any supported model without adapters; on one device, or spread by a ``device_map``.
-        batches: calibration data, model-ready dicts; read once. Criteria that need none take ``[]``.
+        batches: calibration data, model-ready dicts; read once. Criteria that need none take ``[]``. In a distributed
+            run each process may pass its own part, and all of them remove the same.
         config: what to prune and how.
         inplace: change the model given when all is decided, instead of returning a smaller copy.
         progress: show bars.
@@ -85,14 +89,14 @@ def prune(
         (2, 1)
     """
     anatomy = find_anatomy(model)
-    batches = list(batches)
+    before = PruningHistory.load(output) if output is not None else None
+    batches = _of_all_processes(list(batches))
     history = PruningHistory(
         config=config,
         model=model_digest(anatomy.model),
         calibration=data_digest(batches),
         parameters=num_parameters(anatomy.model),
     )
-    before = PruningHistory.load(output) if output is not None else None
     if before is not None:
         before.check_same_run(history)
         history = before
@@ -107,6 +111,7 @@ def prune(
         history=history,
         plan=PruningPlan(num_layers=anatomy.num_layers, model_type=anatomy.family.name),
         output=None if output is None else Path(output),
+        writes=not distributed() or torch.distributed.get_rank() == 0,
         progress=progress,
         on_step=on_step,
         tune=tune,
@@ -118,6 +123,16 @@ def prune(
                 on_step(step)
     PRUNERS[config.pruner](run)
     return PruningResult(_finished(anatomy.model, run, inplace), run.plan, run.history)
+
+
+def _of_all_processes(batches: list[Batch]) -> list[Batch]:
+    """Every process decides on the data of all; processes that were given the same data count once."""
+    if not distributed():
+        return batches
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, batches)
+    once = {data_digest(part): part for part in everyone}
+    return [batch for part in once.values() for batch in part]
 
 
 def _finished(model: nn.Module, run: Run, inplace: bool) -> nn.Module:

@@ -34,6 +34,7 @@ class Run:
         history: what was done.
         plan: everything removed so far, by original index.
         output: where the history goes after every step, if anywhere.
+        writes: this process writes it.
         progress: show bars.
         on_step: called after every step.
         tune: trains a model in place for a moment, if anything does.
@@ -45,6 +46,7 @@ class Run:
     history: PruningHistory
     plan: PruningPlan
     output: Path | None = None
+    writes: bool = True
     progress: bool = False
     on_step: Callable[[PruningStep], None] | None = None
     tune: Callable[[nn.Module], object] | None = None
@@ -141,6 +143,7 @@ class Run:
         layer_calls: tuple[int, int] = (0, 0),
         notes: Sequence[str] = (),
         carry: Fraction = Fraction(0),
+        details: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         """Add a step to the history, on disk as well; ``layer_calls`` are those taken, and those in full."""
         step = PruningStep(
@@ -149,6 +152,7 @@ class Run:
             removed=tuple(removed),
             score=score,
             scores=dict(scores),
+            details=dict(details or {}),
             branches=dict(branches or {}),
             parameters=self.parameters,
             ratio=self.removed / self.history.parameters,
@@ -159,7 +163,7 @@ class Run:
             carry=str(carry),
         )
         self.history = self.history.with_step(step)
-        if self.output is not None:
+        if self.output is not None and self.writes:
             self.history.save(self.output)
         if self.on_step is not None:
             self.on_step(step)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_cka
-from hf_cka import PruningConfig, prune
-from hf_cka.pruning.config import METHODS, MOP_PATHS, PAPERS
-from hf_cka.pruning.criteria import DEPTH
-from hf_cka.pruning.history import FILE, PruningHistory
+from hf_cka import PruningConfig
+from hf_cka.pruning.config import MOP_PATHS, PAPERS
 from hf_cka.pruning.mixture import follow_path
 from hf_cka.pruning.width_budgets import WidthSettings
 from hf_cka.pruning.width_parameters import layer_parameters
-from tests.tiny import tiny_batch, tiny_model
+from tests.pruning.runs import BATCHES, LAYER, MODEL, run, size
+from tests.tiny import tiny_model
 
-BATCHES = [tiny_batch(6, length=8, seed=s) for s in range(2)]
-# layers whose every part counts, and which differ
-MODEL = tiny_model("llama", num_hidden_layers=8, num_key_value_heads=4)
-LAYER = 4128 + 4640  # parameters of a layer: attention and MLP, each with its norm
 LLAMA2_7B = LlamaConfig(
     num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
 )
@@ -35,16 +26,6 @@ LLAMA3_8B = LlamaConfig(
     num_key_value_heads=8,
     vocab_size=128256,
 )
-
-
-def run(config=None, model=MODEL, batches=BATCHES, **rest):
-    settings = {k: v for k, v in rest.items() if k in PruningConfig.__dataclass_fields__}
-    keywords = {k: v for k, v in rest.items() if k not in settings}
-    return prune(model, batches, config or PruningConfig(**settings), progress=False, **keywords)
-
-
-def size(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 # ---- depth ----
@@ -94,6 +75,16 @@ def test_the_ratio_is_met_to_half_of_the_smallest_structure(structures, reach):
         assert abs(off) <= smallest / 2
     else:
         assert 0 <= (off if reach == "at_least" else -off) < smallest
+
+
+def test_the_history_shows_every_metric_and_every_rank():
+    step = run(method="consensus", num_layers=1).history.steps[0]
+    ranks = {name: table for name, table in step.details.items() if name.startswith("rank of ")}
+    assert len(ranks) == 7  # 12 samples are too few for CCA, as a note says
+    assert any("cca: undefined" in note for note in step.notes)
+    for layer, score in step.scores.items():
+        assert score == sum(table[layer] for table in ranks.values())
+    assert set(run(num_layers=1).history.steps[0].details) == {"cka", "cka_biased", "standard_error"}
 
 
 def test_all_that_can_go_goes():
@@ -244,130 +235,6 @@ def test_ties_go_to_depth(monkeypatch):
 
     monkeypatch.setitem(mixture.RULES, "cka", lambda parent, child: 0.5)
     assert [s.branch for s in run(method="mop", num_layers=2).history.steps] == ["depth", "depth"]
-
-
-# ---- what holds for all ----
-
-EVERY_METHOD = [
-    PruningConfig(num_layers=2),
-    PruningConfig(ratio=0.3, structures="sublayers"),
-    PruningConfig(num_layers=3, steps=2, criterion="consensus"),
-    PruningConfig(num_layers=2, criterion="random", seed=3),
-    PruningConfig(method="width", ratio=0.3, steps=3),
-    PruningConfig(method="mop", ratio=0.35),
-    PruningConfig(method="mop", num_layers=3, path="random"),
-]
-
-
-@pytest.mark.parametrize("config", EVERY_METHOD, ids=lambda c: f"{c.method}-{c.criterion}-{c.structures}")
-def test_an_interrupted_run_goes_on_to_the_same_end(config, tmp_path):
-    whole = run(config)
-    assert len(whole.history.steps) >= 2
-
-    def interrupt(step):
-        raise KeyboardInterrupt
-
-    before = {name: value.clone() for name, value in MODEL.state_dict().items()}
-    with pytest.raises(KeyboardInterrupt):
-        run(config, output=tmp_path, on_step=interrupt)
-    assert all(torch.equal(before[name], value) for name, value in MODEL.state_dict().items())
-    assert MODEL.config.num_hidden_layers == 8
-    done = PruningHistory.load(tmp_path)
-    assert len(done.steps) == 1
-    seen = []
-    resumed = run(config, output=tmp_path, on_step=seen.append)
-    assert [step.step for step in seen] == list(range(1, len(whole.history.steps) + 1))
-    assert resumed.plan == whole.plan
-    assert resumed.history == whole.history
-    assert PruningHistory.load(tmp_path) == whole.history
-    json.loads((tmp_path / FILE).read_text(), parse_constant=lambda word: pytest.fail(f"not strict JSON: {word}"))
-    with torch.no_grad():
-        assert torch.equal(resumed.model(**BATCHES[0]).logits, whole.model(**BATCHES[0]).logits)
-
-
-def test_a_tuned_run_goes_on_with_its_weights(tmp_path):
-    def tune(model):
-        with torch.no_grad():
-            model.lm_head.weight.mul_(1.01)
-
-    config = PruningConfig(method="everything", num_layers=2, criterion="cka", width_criterion="amp")
-    whole = run(config, tune=tune)
-    count = itertools.count()
-
-    def interrupt(step):
-        if next(count) == 0:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tune=tune, output=tmp_path, on_step=interrupt)
-    resumed = run(config, tune=tune, output=tmp_path)
-    with torch.no_grad():
-        assert torch.equal(resumed.model(**BATCHES[0]).logits, whole.model(**BATCHES[0]).logits)
-
-
-def test_another_run_is_not_gone_on_with(tmp_path):
-    run(num_layers=1, output=tmp_path)
-    with pytest.raises(ValueError, match="num_layers was 1, is 2"):
-        run(num_layers=2, output=tmp_path)
-    with pytest.raises(ValueError, match="another calibration"):
-        run(num_layers=1, output=tmp_path, batches=BATCHES[:1])
-    with pytest.raises(ValueError, match="another model"):
-        run(
-            num_layers=1, output=tmp_path, model=tiny_model("llama", seed=1, num_hidden_layers=8, num_key_value_heads=4)
-        )
-
-
-@pytest.mark.parametrize("config", EVERY_METHOD, ids=lambda c: f"{c.method}-{c.criterion}-{c.structures}")
-def test_the_result_shares_nothing_with_the_model_given(config):
-    result = run(config)
-    mine = {p.data_ptr() for p in MODEL.parameters()}
-    assert not mine & {p.data_ptr() for p in result.model.parameters()}
-
-
-def test_in_place_changes_the_model_given():
-    model = copy.deepcopy(MODEL)
-    result = run(num_layers=2, model=model, inplace=True)
-    assert result.model is model
-    assert model.config.num_hidden_layers == 6
-    with torch.no_grad():
-        assert torch.equal(model(**BATCHES[0]).logits, run(num_layers=2).model(**BATCHES[0]).logits)
-
-
-@pytest.mark.parametrize("rows", [2, 12])
-def test_the_batch_size_does_not_matter(rows):
-    together = {key: torch.cat([batch[key] for batch in BATCHES]) for key in BATCHES[0]}
-    parts = [{key: value[i : i + rows] for key, value in together.items()} for i in range(0, 12, rows)]
-    for method in ("depth", "mop"):
-        assert run(method=method, ratio=0.35, batches=parts).plan == run(method=method, ratio=0.35).plan
-
-
-def test_a_generator_of_batches_will_do():
-    assert run(num_layers=2, batches=(b for b in BATCHES)).plan == run(num_layers=2).plan
-
-
-def test_an_offloaded_model_is_pruned():
-    from accelerate import cpu_offload
-
-    model = copy.deepcopy(MODEL)
-    model.hf_device_map = {"": "cpu"}
-    cpu_offload(model, execution_device="cpu")
-    result = run(num_layers=2, model=model)
-    assert result.plan == run(num_layers=2).plan
-    with torch.no_grad():
-        assert torch.equal(result.model(**BATCHES[0]).logits, run(num_layers=2).model(**BATCHES[0]).logits)
-
-
-@pytest.mark.parametrize("name", PAPERS)
-def test_every_paper_is_a_config(name):
-    config = PruningConfig.paper(name, ratio=0.2)
-    assert PruningConfig.from_json(config.to_json()) == config
-    assert config.method in METHODS
-
-
-@pytest.mark.parametrize("name", [n for n in DEPTH if n not in ("consensus_by_class", "cca")])
-def test_every_criterion_prunes(name):
-    result = run(criterion=name, num_layers=1, model=tiny_model("llama"))
-    assert result.model.config.num_hidden_layers == 3
 
 
 # ---- bad input ----

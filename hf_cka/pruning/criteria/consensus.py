@@ -33,6 +33,9 @@ def score_cka(context: ScoringContext, structures: Sequence[Structure], estimato
 def cka_of(left: LeftOut, context: ScoringContext, estimator: str = "debiased") -> DepthScores:
     """Return the CKA scores of readouts that were collected already; see :func:`score_cka`."""
     assert left.reference is not None
+    if estimator == "debiased" and len(left.reference) < 4:
+        count = len(left.reference)
+        raise ValueError(f"{count} samples: the debiased estimator needs at least 4. Use more, or 'cka_biased'.")
     result = pairwise_similarity(
         [left.reference, *left.readouts],
         pairs=[(0, k + 1) for k in range(len(left.structures))],
