@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
 from hf_cka.pruning.criteria.depth import DEPTH
 from hf_cka.pruning.criteria.leave_one_out import calls_of
-from hf_cka.pruning.state import Run
+from hf_cka.pruning.state import Run, sharing_copy
+from hf_cka.pruning.surgery import apply_plan
 
 # A lazy run scores this many structures again in one pass; they share the model's own pass.
 LAZY_BATCH = 6
@@ -50,6 +51,9 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
     if not pool:
         raise ValueError(run.removable.why_none(run.kinds, run.protected()))
     check_usable(entry, run.context(), pool)
+    for kind in run.kinds:
+        some = [s for s in pool if s.kind == kind][:1]
+        apply_plan(sharing_copy(run.model), run.removable.plan(some))  # a trial: is surgery able to do it here?
     all_of_them = run.removable.most(pool)
     if config.num_layers is not None:
         if config.num_layers > len(all_of_them):

@@ -116,6 +116,8 @@ def prune(
         on_step=on_step,
         tune=tune,
     )
+    # what surgery refuses (adapters, for one), it refuses now and not after minutes of scoring
+    apply_plan(sharing_copy(anatomy.model), run.plan)
     if history.steps:
         run.apply(history.steps[-1].plan)
         for step in history.steps:
@@ -139,7 +141,7 @@ def _finished(model: nn.Module, run: Run, inplace: bool) -> nn.Module:
     """The pruned model with weights of its own, or the given one pruned."""
     if run.config.repair is None and not inplace:
         return copy.deepcopy(run.model)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copy.deepcopy(sharing_copy(model))
     if run.config.repair is not None:
         repair(target, run.plan, run.batches, run.config.repair, progress=run.progress)
     return apply_plan(target, run.plan)

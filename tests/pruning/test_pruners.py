@@ -286,6 +286,20 @@ def test_what_cannot_be_reached_is_an_error_that_names_the_range(settings, messa
         run(**settings)
 
 
+def test_what_surgery_refuses_is_refused_before_anything_is_scored(monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    from hf_cka.pruning import depth
+
+    monkeypatch.setattr(depth, "score", lambda *a: pytest.fail("it was scored"))
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapters"):
+        run(num_layers=1, model=adapted)
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True each layer computes with its own index"):
+        run(num_layers=1, model=model)
+
+
 def test_data_that_cannot_be_used():
     with pytest.raises(ValueError, match="needs calibration batches"):
         run(num_layers=1, batches=[])
