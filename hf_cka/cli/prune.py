@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,7 @@ def prune_command(
         result = prune(
             loaded,
             batches,
-            config,
+            replace(config, repair=None) if dry_run else config,  # a repair changes weights, and nothing of the plan
             progress=False,
             output=None if dry_run else progress_folder,
             on_step=on_step,
@@ -136,8 +137,6 @@ def config_of(paper: str | None, given: dict[str, Any], widths: str | None, mult
         >>> config_of("mop", {"ratio": 0.3}, "units", None).width.structures
         'units'
     """
-    from dataclasses import replace
-
     from hf_cka.lookup import lookup
     from hf_cka.pruning.config import PAPERS, PruningConfig
     from hf_cka.pruning.width_budgets import WidthSettings

@@ -41,8 +41,12 @@ def widths_in_words(run: Run) -> tuple[str, ...]:
     words = []
     for what, values in (("KV groups", sizes.kv_groups), ("units", sizes.units)):
         there = [n for n in values if n]
-        span = str(there[0]) if len(set(there)) == 1 else f"{min(there)}-{max(there)}"
-        words.append(f"to {span} {what}" if there else f"no {what}")
+        if not there:
+            words.append(f"no {what} left")
+        elif min(there) == max(there):
+            words.append(f"{there[0]} {what} left")
+        else:
+            words.append(f"{min(there)}-{max(there)} {what} left")
     return tuple(words)
 
 
