@@ -4,7 +4,9 @@
 
 For each removed share (20, 40 and 60 % of the non-embedding parameters) a model is pruned in two ways: whole layers
 (a stock checkpoint) and a mixture of layers, attention, MLP units and KV groups (the hf_cka rung). Every model is
-saved and measured in a fresh process of its own; dense and pruned runs alternate, and the median of the rounds counts.
+saved and measured in a fresh process of its own, in turn with the dense model there; the median of the paired ratios
+counts. Decoding multiplies by the whole vocabulary at every step, which no pruning here changes: `decode_flops` counts
+it, `non_embedding` (which the target goes by) does not.
 What is removed is chosen by position, not by a criterion: speed and size do not depend on which.
 """
 
@@ -57,32 +59,44 @@ def mixed_plan(config: Any, share: float) -> Any:
     )
 
 
-def measure(folder: str, prefill: int, decode: int) -> dict[str, float]:
-    """In a fresh process: resident memory of the loaded model, and tokens per second (best of three)."""
+def measure(folder: str, dense: str, options: argparse.Namespace) -> dict[str, float]:
+    """In a fresh process: resident memory of each model, and how long each takes, in turn on the same inputs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hf_cka  # noqa: F401
 
-    # everything that is imported or allocated on first use, before the weights come
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    before = _resident()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # out of the file mapping, into memory that counts
-    resident = _resident() - before
-    ids = torch.randint(5, model.config.vocab_size, (1, prefill), generator=torch.Generator().manual_seed(0))
-    prefills, decodes = [], []
+    models, found = {}, {}
+    for name, path in (("pruned", folder), ("dense", dense)):
+        # everything that is imported or allocated on first use, before the weights come
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        before = _resident()
+        models[name] = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        for tensor in (*models[name].parameters(), *models[name].buffers()):
+            tensor.data = tensor.data.clone()  # out of the file mapping, into memory that counts
+        found[f"{name}_resident"] = float(_resident() - before)
+    vocabulary = models["dense"].config.vocab_size
+    ids = torch.randint(5, vocabulary, (1, options.prefill), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {}
     with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-            middle = time.perf_counter()
-            for step in range(decode):
-                model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            prefills.append(prefill / (middle - start))
-            decodes.append(decode / (time.perf_counter() - middle))
-    return {"resident": resident, "prefill": max(prefills), "decode": max(decodes)}
+        for number in range(options.rounds + 1):
+            # the other one first every second time, so that a drift of the machine favours neither
+            for name in sorted(models, reverse=bool(number % 2)):
+                start = time.perf_counter()
+                cache = models[name](ids, use_cache=True, logits_to_keep=1).past_key_values
+                middle = time.perf_counter()
+                for step in range(options.decode):
+                    token = ids[:, step : step + 1]
+                    models[name](token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                end = time.perf_counter()
+                if number:  # the first round warms up
+                    times.setdefault(f"{name}_prefill", []).append((middle - start) / options.prefill)
+                    times.setdefault(f"{name}_decode", []).append((end - middle) / options.decode)
+    for phase in ("prefill", "decode"):
+        pairs = zip(times[f"pruned_{phase}"], times[f"dense_{phase}"], strict=True)
+        found[f"{phase}_time"] = statistics.median(pruned / dense for pruned, dense in pairs)
+        found[f"dense_{phase}"] = 1 / min(times[f"dense_{phase}"])
+    return found
 
 
 def _resident() -> int:
@@ -92,9 +106,10 @@ def _resident() -> int:
     raise RuntimeError("This benchmark reads resident memory from /proc/self/status, which this system lacks.")
 
 
-def in_fresh_process(folder: Path, prefill: int, decode: int) -> dict[str, float]:
+def in_fresh_process(folder: Path, dense: Path, options: argparse.Namespace) -> dict[str, float]:
     """Run `measure` in a process of its own."""
-    command = [sys.executable, __file__, "--measure", str(folder), "--prefill", str(prefill), "--decode", str(decode)]
+    sizes = [f"--{name}={getattr(options, name)}" for name in ("prefill", "decode", "rounds")]
+    command = [sys.executable, __file__, "--measure", str(folder), "--model", str(dense), *sizes]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         raise RuntimeError(f"measuring {folder} failed: {done.stderr[-2000:]}")
@@ -118,12 +133,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--prefill", type=int, default=256)
     parser.add_argument("--decode", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="folder for structure.json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.prefill, options.decode)))
+        print(json.dumps(measure(options.measure, options.model, options)))
         return
 
     from hf_cka import apply_plan, save_pruned
@@ -143,34 +158,34 @@ def main() -> None:
                 folder = root / f"{name}{share}"
                 saved = save_pruned(apply_plan(model, plan), folder, verify=False)
                 cases.append({"name": name, "share": share, "folder": folder, "rung": saved.rung.name, "price": price})
-        runs: dict[Path, list[dict[str, float]]] = {}
-        for number in range(options.rounds):
-            for folder in (root / "dense", *(case["folder"] for case in cases)):
-                print(f"round {number + 1}, {folder.name}", file=sys.stderr, flush=True)
-                runs.setdefault(folder, []).append(in_fresh_process(folder, options.prefill, options.decode))
-
-        def ratio(folder: Path, key: str, invert: bool = False) -> float:
-            each = [p[key] / d[key] for p, d in zip(runs[folder], runs[root / "dense"], strict=True)]
-            return statistics.median(1 / r if invert else r for r in each)
 
         def size(folder: Path) -> int:
             return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
+        runs = []
         for case in cases:
             before, after, folder = case["price"].before, case["price"].after, case["folder"]
+            print(f"measuring {folder.name}", file=sys.stderr, flush=True)
+            run = in_fresh_process(folder, root / "dense", options)
+            runs.append(run)
             rows.append(
                 {
                     "removed": f"{case['share']:.0%} {case['name']}",
                     "rung": case["rung"],
                     "parameters": after.parameters / before.parameters,
                     "file": size(folder) / size(root / "dense"),
-                    "resident": ratio(folder, "resident"),
+                    "resident": run["pruned_resident"] / run["dense_resident"],
                     "non_embedding": after.non_embedding_parameters / before.non_embedding_parameters,
-                    "prefill_time": ratio(folder, "prefill", invert=True),
-                    "decode_time": ratio(folder, "decode", invert=True),
+                    "decode_flops": after.decode_flops / before.decode_flops,
+                    "prefill_time": run["prefill_time"],
+                    "decode_time": run["decode_time"],
                 }
             )
-        dense = {key: statistics.median(run[key] for run in runs[root / "dense"]) for key in runs[root / "dense"][0]}
+        dense = {
+            "resident": statistics.median(run["dense_resident"] for run in runs),
+            "prefill": max(run["dense_prefill"] for run in runs),
+            "decode": max(run["dense_decode"] for run in runs),
+        }
     report(rows, dense, options)
 
 
@@ -181,7 +196,7 @@ def report(rows: list[dict[str, Any]], dense: dict[str, float], options: argpars
         f"prefill {dense['prefill']:.0f} and decode {dense['decode']:.1f} tokens/s at {options.prefill} tokens"
     )
     print("pruned / dense (times: below 1 is faster)")
-    keys = ("parameters", "file", "resident", "non_embedding", "prefill_time", "decode_time")
+    keys = ("parameters", "file", "resident", "non_embedding", "decode_flops", "prefill_time", "decode_time")
     print(f"{'removed':>12} {'rung':>8} " + " ".join(f"{key:>13}" for key in keys) + "  targets")
     for row in rows:
         missed = [key for key in ("file", "resident") if abs(row[key] - row["parameters"]) > 0.02]
