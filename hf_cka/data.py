@@ -184,6 +184,21 @@ def file_builder(dataset: str) -> tuple[str, dict[str, Any]] | None:
     return _FILE_BUILDERS[suffix]
 
 
+def public_name(name: str | None) -> str | None:
+    """Return the name of a model or a data set without the folders of this machine; a Hub id stays as it is.
+
+    Records are published with what they describe, and a path says nothing to others.
+
+    Example:
+        >>> public_name("/home/me/data.jsonl"), public_name("HuggingFaceTB/SmolLM2-135M"), public_name("")
+        ('data.jsonl', 'HuggingFaceTB/SmolLM2-135M', None)
+    """
+    if not name:
+        return None
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
+
+
 def row_text(row: str | Row, tokenizer: PreTrainedTokenizerBase | None = None, text_column: str | None = None) -> str:
     """Return the text of one row.
 

@@ -66,6 +66,6 @@ def load_calibration(
     dataset: str, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", **kwargs: Any
 ) -> CalibrationBatches:
     """Load rows and make calibration batches of them; keyword arguments as :func:`hf_cka.calibration`."""
-    from hf_cka.data import calibration, load_rows
+    from hf_cka.data import calibration, load_rows, public_name
 
-    return calibration(load_rows(dataset, split), tokenizer, source=dataset, **kwargs)
+    return calibration(load_rows(dataset, split), tokenizer, source=public_name(dataset), **kwargs)

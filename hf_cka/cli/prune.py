@@ -97,7 +97,7 @@ def prune_command(
             on_step=on_step,
         )
     calibration = {
-        "source": dataset,
+        "source": batches.source,
         "samples": sum(len(batch["input_ids"]) for batch in batches),
         "max_length": max_length,
         "seed": seed,
@@ -194,6 +194,7 @@ def live_table(config: PruningConfig, quiet: bool = False) -> Iterator[Callable[
 def _save(
     result: PruningResult, model: str, tokenizer: Any, calibration: dict[str, Any], output: Path, overwrite: bool
 ) -> Any:
+    from hf_cka.data import public_name
     from hf_cka.modeling import save_pruned
 
     config = result.history.config
@@ -205,8 +206,7 @@ def _save(
             "method": config.method,
             "settings": config.to_dict(),
             "calibration": calibration,
-            # a folder of this machine says nothing to others
-            "base_model": Path(model).name if Path(model).exists() else model,
+            "base_model": public_name(model),
         },
         scores=json.loads(result.history.to_json()),
         overwrite=overwrite,

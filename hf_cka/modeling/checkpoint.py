@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_cka.anatomy import find_anatomy
+from hf_cka.data import public_name
 from hf_cka.modeling.probe import align, first_output
 from hf_cka.modeling.structure import Rung, layer_shapes, relabelled_config, rung_of
 from hf_cka.modeling.verification import Verification, probe_inputs, verify_many
@@ -250,13 +251,17 @@ class _pruning_record:
         self.before = copy.deepcopy(getattr(config, "pruning", None))
         self.name = config.__dict__.get("_name_or_path", "")
         old = copy.deepcopy(getattr(model.config, "pruning", None) or {})
-        base = record.get("base_model") or old.get("base_model") or _public_name(model.config.name_or_path)
+        base = record.get("base_model") or old.get("base_model") or public_name(model.config.name_or_path)
+        revision = (
+            record.get("base_revision") or old.get("base_revision") or getattr(model.config, "_commit_hash", None)
+        )
         shapes = layer_shapes(anatomy.family, anatomy.config)
         new = {
             "format_version": 1,
             **old,
             **record,
             "base_model": base,
+            "base_revision": revision,
             "widths_after": {
                 "num_key_value_heads": [shape.num_kv_heads for shape in shapes],
                 "intermediate_size": [shape.intermediate_size for shape in shapes],
@@ -277,13 +282,6 @@ class _pruning_record:
             self.config.pruning = self.before
             if self.before is None:
                 del self.config.pruning
-
-
-def _public_name(name: str | None) -> str | None:
-    """The name of a base model without the folders of this machine."""
-    if not name:
-        return None
-    return Path(name).name if os.path.isabs(name) or Path(name).exists() else name
 
 
 def _verify_against(model: Any, work: Path) -> Verification:
