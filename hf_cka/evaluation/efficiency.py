@@ -122,7 +122,7 @@ def peak_memory(interval: float = 0.01) -> Iterator[MemoryPeak]:
     Example:
         >>> with peak_memory() as memory:
         ...     block = bytearray(50_000_000)
-        >>> memory.added_bytes > 30_000_000
+        >>> memory.peak_bytes >= memory.start_bytes > 0
         True
     """
     if interval <= 0:

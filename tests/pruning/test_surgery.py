@@ -192,9 +192,9 @@ def test_what_cannot_be_renumbered_is_refused(model_type, changes, message):
 
 
 def test_caches_that_cannot_leave_layers_out_are_noticed(monkeypatch):
-    import transformers
+    from hf_cka.modeling import modeling_hf_cka as code
 
-    monkeypatch.setattr(transformers, "__version__", "5.22.1")
+    monkeypatch.setattr(code.transformers, "__version__", "5.22.1")
     model = tiny_model("llama")
     with pytest.raises(ImportError, match=r"need transformers >= 5\.23 \(installed: 5\.22\.1\)"):
         apply_plan(model, make_plan("llama", "attention"))
