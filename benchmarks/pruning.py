@@ -71,6 +71,11 @@ METHODS: dict[str, tuple[Callable[[float, int], PruningConfig], int, int]] = {
     "random units + least squares": (_width("random", repair="least_squares"), 56, 256),
     "amp + least squares": (_width("amp", repair="least_squares"), 56, 256),
     "wanda + least squares": (_width("wanda", repair="least_squares"), 56, 256),
+    "wanda by layer importance + least squares": (
+        _width("wanda", budget="importance", repair="least_squares"),
+        56,
+        256,
+    ),
     "wanda + least squares, more text": (_width("wanda", repair="least_squares"), 128, 256),
     # mixtures
     "mop, random path (paper)": (
