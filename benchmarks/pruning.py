@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from hf_cka.cli.demo_assets import load_demo_model
-from hf_cka.evaluation import count_parameters, decode_speed, peak_memory, perplexity
 from hf_cka.data import public_name
+from hf_cka.evaluation import count_parameters, decode_speed, peak_memory, perplexity
 from hf_cka.lookup import lookup
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.pruners import prune
@@ -169,7 +169,8 @@ def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any], ratios: Sequenc
     questions = [name for name in QUESTIONS if name in dense]
     head = ["method", "removed", *(f"{name} ppl" for name in TEXTS), *questions, "decode", "seconds", "peak MiB"]
     lines = [
-        f"{public_name(options.model) or 'SmolLM2-135M-Instruct'}, float32, no recovery, {torch.get_num_threads()} thread(s). Removed: of all;",
+        f"{public_name(options.model) or 'SmolLM2-135M-Instruct'}, float32, no recovery, "
+        f"{torch.get_num_threads()} thread(s). Removed: of all;",
         f"perplexity: {options.tokens} tokens of WikiText-2, {options.tokens // 2} of TinyStories, context 512; "
         + (f"accuracy: {options.items} questions each; " if questions else "")
         + "decode: tokens per second over the dense model's, alternating.",
