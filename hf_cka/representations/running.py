@@ -162,15 +162,18 @@ def token_mask(batch: Batch, index: int = 0) -> torch.Tensor:
     return mask
 
 
-def forward(anatomy: Anatomy, batch: Batch) -> Any:
-    """Run one batch, without cache, labels or (where the batch allows) the head.
+def forward(anatomy: Anatomy, batch: Batch, *, head: bool = False) -> Any:
+    """Run one batch, without cache and labels.
 
-    The backbone alone is run when it takes all the batch holds: the logits of a language model would cost more
-    memory than everything that is measured.
+    Args:
+        anatomy: of the model.
+        batch: a model-ready dict.
+        head: run the head as well. Otherwise the backbone alone is run where it takes all the batch holds: the logits
+            of a language model would cost more memory than everything that is measured.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label", "use_cache")}
     accepted = inspect.signature(anatomy.backbone.forward).parameters
-    module = anatomy.backbone if inputs.keys() <= accepted.keys() else anatomy.model
+    module = anatomy.backbone if not head and inputs.keys() <= accepted.keys() else anatomy.model
     device = next(anatomy.embedding.parameters()).device
     if device.type == "meta":  # offloaded: the hooks of the device map bring inputs where they belong
         device = torch.device("cpu")

@@ -6,7 +6,6 @@ position code is repeated here. Everything is put back, whatever happens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from torch import nn
 from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import Structure
+from hf_cka.representations import forward
 
 # The projection through which a sub-layer reaches the residual stream, by role.
 OUTPUT_ROLES = {"attention": "o", "mlp": "down"}
@@ -68,22 +68,13 @@ def run_model(anatomy: Anatomy, batch: Batch, head: bool) -> tuple[torch.Tensor,
     Returns:
         What leaves the backbone (after its final norm), ``(batch, tokens, hidden_size)``, and the logits.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "label", "use_cache")}
-    fits = inputs.keys() <= inspect.signature(anatomy.backbone.forward).parameters.keys()
-    module = anatomy.model if head or not fits else anatomy.backbone
-    device = next(anatomy.embedding.parameters()).device
-    if device.type == "meta":  # offloaded: the hooks of the device map bring inputs where they belong
-        device = torch.device("cpu")
-    inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
-    if "use_cache" in inspect.signature(module.forward).parameters:
-        inputs["use_cache"] = False
     # OPT's head calls the decoder inside the backbone and not the backbone itself: the outermost that ran counts.
     holder = anatomy.backbone.get_submodule(anatomy.family.layers.rpartition(".")[0])
     left: dict[nn.Module, torch.Tensor] = {}
     with ExitStack() as handles:
         for part in (holder, anatomy.backbone):
             handles.callback(part.register_forward_hook(partial(_remember, left)).remove)
-        output = module(**inputs)
+        output = forward(anatomy, batch, head=head)
     return left.get(anatomy.backbone, left.get(holder)), getattr(output, "logits", None)  # type: ignore[return-value]
 
 
