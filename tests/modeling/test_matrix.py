@@ -17,6 +17,10 @@ from tests.tiny import ENCODERS, SETTINGS, tiny_batch, tiny_model
 FIXED_HEADS = ("gpt2", "gpt_neox", "opt", *ENCODERS)
 STRUCTURES = {
     "layers": {"removed_layers": (1, 2)},
+    "attention": {"removed_attention": (0, 2)},
+    "mlp": {"removed_mlp": (3,)},
+    "units": {"kept_units": {2: range(1, 48, 2)}},
+    "groups": {"kept_groups": {3: (1,)}},
     "mixed": {
         "removed_layers": (1,),
         "removed_attention": (0,),

@@ -77,6 +77,10 @@ def test_stories260k_through_every_operation(stories, text, tmp_path):
 
 SMOL = {
     "layers": {"removed_layers": (10, 20)},
+    "attention": {"removed_attention": (12, 18)},
+    "mlp": {"removed_mlp": (21,)},
+    "units": {"kept_units": {5: range(1024), 6: range(0, 1536, 2)}},
+    "groups": {"kept_groups": {8: (0, 2), 20: (1,)}},
     "mixed": {
         "removed_layers": (25,),
         "removed_attention": (12, 18),
