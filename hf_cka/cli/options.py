@@ -37,7 +37,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     """
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_cka.modeling.probe import auto_class
 
     known = ("auto", "float32", "bfloat16", "float16")
     if dtype not in known:
@@ -46,9 +48,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     if (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {name!r}; give --model a Hub id or the folder of a saved model.")
     config = AutoConfig.from_pretrained(name)
-    # The class that wrote the checkpoint has every weight of it; AutoModel would drop the head.
-    named = getattr(transformers, (config.architectures or [""])[0], AutoModel)
-    model = named.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    architecture = (config.architectures or [""])[0]
+    loader = auto_class(architecture)
+    if loader is transformers.AutoModel:
+        loader = getattr(transformers, architecture, loader)  # a head that has no auto class of its own
+    model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     return model.to(best_device(device)), AutoTokenizer.from_pretrained(name)
 
 

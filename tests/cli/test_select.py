@@ -100,3 +100,16 @@ def test_help_fits_a_screen_and_gives_an_example():
         text = _run(command, "--help").output
         assert "Example: hf-cka" in text
         assert len(text.splitlines()) < 70
+
+
+def test_a_pruned_checkpoint_is_loaded_with_its_head(tmp_path):
+    from hf_cka import PruningPlan, apply_plan, save_pruned
+    from hf_cka.cli.options import load_model
+    from tests.tiny import tiny_model
+
+    model = apply_plan(tiny_model("llama"), PruningPlan(num_layers=4, model_type="llama", removed_mlp=(1,)))
+    save_pruned(model, tmp_path / "pruned", verify=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: None)
+        loaded, _ = load_model(str(tmp_path / "pruned"), "cpu")
+    assert type(loaded).__name__ == "PrunedLlamaForCausalLM"
