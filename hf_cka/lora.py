@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.data import Batch
+from hf_cka.representations import is_main_process
 from hf_cka.selection import LayerSelection, select_layers
 
 
@@ -169,7 +170,7 @@ class CKALoraConfig(LoraConfig):
                 seed=self.selection_seed,
             )
         chosen = selection.lora_kwargs(self._wanted)
-        if self.selection_file is not None and not stored and _is_main_process():
+        if self.selection_file is not None and not stored and is_main_process():
             selection.save(self.selection_file)
         self.target_modules = list(chosen["target_modules"])
         self.layers_to_transform = chosen.get("layers_to_transform")
@@ -237,9 +238,3 @@ def _check_same_shape(selection: LayerSelection, model: nn.Module, file: str) ->
             f"The selection in {file!r} was made on another model (type, layers, path): {stored}, this one is {have}. "
             "Delete the file or name another."
         )
-
-
-def _is_main_process() -> bool:
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -144,13 +144,6 @@ class PruningPlan:
     # ---- what it says ----
 
     @property
-    def is_empty(self) -> bool:
-        """Whether the plan removes nothing."""
-        return not (
-            self.removed_layers or self.removed_attention or self.removed_mlp or self.kept_groups or self.kept_units
-        )
-
-    @property
     def kept_layers(self) -> tuple[int, ...]:
         """Original indices of the layers that stay, in order."""
         return tuple(i for i in range(self.num_layers) if i not in set(self.removed_layers))

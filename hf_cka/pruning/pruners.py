@@ -23,7 +23,7 @@ from hf_cka.pruning.repair import repair
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.pruning.width_run import prune_width
-from hf_cka.representations.running import distributed
+from hf_cka.representations import distributed, is_main_process
 
 # what carries a run to its end
 PRUNERS: dict[str, Callable[[Run], None]] = {"depth": prune_depth, "width": prune_width, "mixture": prune_mixture}
@@ -111,7 +111,7 @@ def prune(
         history=history,
         plan=PruningPlan(num_layers=anatomy.num_layers, model_type=anatomy.family.name),
         output=None if output is None else Path(output),
-        writes=not distributed() or torch.distributed.get_rank() == 0,
+        writes=is_main_process(),
         progress=progress,
         on_step=on_step,
         tune=tune,

@@ -6,7 +6,15 @@ norm. No decisions are taken here.
 
 from hf_cka.representations.pooling import SINK_TOKENS, Pooling, default_pooling, pool, resolve_pooling
 from hf_cka.representations.readouts import Readouts, collect, stream_cka
-from hf_cka.representations.running import check_runnable, evaluating, forward, run, token_mask
+from hf_cka.representations.running import (
+    check_runnable,
+    distributed,
+    evaluating,
+    forward,
+    is_main_process,
+    run,
+    token_mask,
+)
 
 __all__ = [
     "SINK_TOKENS",
@@ -15,8 +23,10 @@ __all__ = [
     "check_runnable",
     "collect",
     "default_pooling",
+    "distributed",
     "evaluating",
     "forward",
+    "is_main_process",
     "pool",
     "resolve_pooling",
     "run",

@@ -171,4 +171,4 @@ def _gather(counted: Counted, consumer: Any) -> tuple[Counted, list[Any], list[t
         raise ValueError("Calibration is empty in every process: no batch came out of it.")
     if all(sorted(entry[0].digests) == sorted(filled[0][0].digests) for entry in filled):
         filled = filled[:1]
-    return counted.merged([entry[0] for entry in filled]), [entry[1] for entry in filled], filled[0][2]
+    return Counted.merged([entry[0] for entry in filled]), [entry[1] for entry in filled], filled[0][2]

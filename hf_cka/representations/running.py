@@ -41,12 +41,13 @@ class Counted:
         ids = batch.get("input_ids")
         self.digests += sample_digests(ids, mask) if isinstance(ids, torch.Tensor) else [""] * len(mask)
 
-    def merged(self, others: Sequence[Counted]) -> Counted:
+    @classmethod
+    def merged(cls, parts: Sequence[Counted]) -> Counted:
         """Return the sum of the counts of several processes."""
-        return Counted(
-            sum(o.num_samples for o in others),
-            sum(o.num_tokens for o in others),
-            [digest for o in others for digest in o.digests],
+        return cls(
+            sum(part.num_samples for part in parts),
+            sum(part.num_tokens for part in parts),
+            [digest for part in parts for digest in part.digests],
         )
 
     def info(self, batches: Any) -> CalibrationInfo:
@@ -239,6 +240,11 @@ class _Tap:
 def distributed() -> bool:
     """Say whether this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_main_process() -> bool:
+    """Say whether this process is the one that writes files: the first of several, or the only one."""
+    return not distributed() or torch.distributed.get_rank() == 0
 
 
 def _check_finite(points: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]], index: int) -> None:

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch, CalibrationInfo
 from hf_cka.lookup import lookup
-from hf_cka.representations import Pooling, Readouts, collect, resolve_pooling, stream_cka
+from hf_cka.representations import Pooling, Readouts, collect, distributed, resolve_pooling, stream_cka
 from hf_cka.selection.record import LayerSelection, ranking
 from hf_cka.similarity import RBF, SimilarityResult, measure, pairwise_similarity
 
@@ -255,10 +256,8 @@ def _ambiguous(anatomy: Anatomy) -> bool:
 
 
 def _from_first_process(result: Scores) -> Scores:
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         return result
     box = [result]
-    dist.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -15,8 +15,6 @@ import torch
 
 Pairs = Literal["all", "consecutive"] | Sequence[tuple[int, int]]
 
-STATUSES = ("ok", "constant", "low_signal", "outlier_dominated")
-
 # One sample that holds more than half of the centred energy outvotes all others together: the similarity then says
 # how two layers treat that sample, not how they arrange the data.
 OUTLIER_SHARE = 0.5

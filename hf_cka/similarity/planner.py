@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hf_cka.similarity.engine import Pair, is_dense
-
-Precision = Literal["auto", "fp64", "fp32", "bf16"]
 
 PRECISIONS = ("auto", "fp64", "fp32", "bf16")
 

@@ -190,10 +190,6 @@ class ScoringContext:
     progress: bool = False
 
 
-DepthScorer = Callable[[ScoringContext, Sequence[Structure]], DepthScores]
-WidthScorer = Callable[[ScoringContext], WidthScores]
-
-
 @dataclass(frozen=True)
 class CriterionEntry:
     """One row of a table of criteria.
