@@ -20,9 +20,9 @@ from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
 from hf_cka.lookup import lookup
 from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, stream_inputs
-from hf_cka.pruning.normal_equations import NormalEquations
+from hf_cka.pruning.normal_equations import Fit, NormalEquations
 from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.walk import Walk, kept_features
+from hf_cka.pruning.walk import Walk, is_held_out, kept_features
 from hf_cka.representations import evaluating
 
 
@@ -35,12 +35,14 @@ class Repaired:
         role: ``"o"`` or ``"down"``.
         before: mean squared error on the calibration data, weighted as the repair weighs tokens.
         after: the same with the repair.
+        damping: of the fit; None where there was none to damp.
     """
 
     layer: int
     role: str
     before: float
     after: float
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def least_squares(
     plan: PruningPlan,
     batches: Iterable[Batch],
     *,
-    damping: float = 0.01,
+    damping: float | None = None,
     every: bool | None = None,
     sequential: bool = True,
     progress: bool = False,
@@ -114,7 +116,9 @@ def least_squares(
         anatomy: of the dense model.
         plan: what will be removed.
         batches: calibration batches; a few times as many tokens as units.
-        damping: of the correction, relative to the mean squared input.
+        damping: of the correction, relative to the mean squared input. None chooses it for each projection on tokens
+            that are held out of the fit: a fixed weak one fits the calibration text and loses half of the gain on
+            other text.
         every: refit every projection that stays, not only those that lose inputs. None does so where the plan removes
             layers or sub-layers; where only widths go it changes little and doubles the time. Needs ``sequential``.
         sequential: walk through the pruned model.
@@ -130,8 +134,7 @@ def least_squares(
         >>> least_squares(anatomy, plan, batches)[0].after  # doctest: +SKIP
         0.0031
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping}: kept units can be collinear.")
+    _check_damping(damping)
     if not sequential:
         return list(_dense_least_squares(anatomy, plan, batches, damping, progress))
     if every is None:
@@ -145,7 +148,7 @@ def least_squares(
             if every or kept is not None:
                 equations = NormalEquations(intercept=_bias(anatomy, layer, role) is not None)
                 for seen in walk.see(layer, role):
-                    equations.add(seen.inputs, seen.missing, seen.weight)
+                    equations.add(seen.inputs, seen.missing, seen.weight, seen.held_out)
                 done.append(_refit(anatomy, layer, role, kept, equations, damping))
         walk.leave(layer)
     return done
@@ -203,7 +206,7 @@ def linear_map(
     plan: PruningPlan,
     batches: Iterable[Batch],
     *,
-    damping: float = 0.01,
+    damping: float | None = None,
     progress: bool = False,
 ) -> list[Repaired]:
     """Replace each run of removed layers by one linear map, folded into the down projection in front of it.
@@ -215,11 +218,11 @@ def linear_map(
         anatomy: of the dense model.
         plan: with removed layers.
         batches: calibration batches.
-        damping: of the map.
+        damping: of the map; None chooses it on tokens that are held out of the fit.
         progress: show a bar.
 
     Raises:
-        ValueError: if no run has a layer with an MLP in front of it, or the MLP's output is not simply added to the
+        ValueError: for a damping that is not positive, if no run has a layer with an MLP in front of it, or the MLP's output is not simply added to the
             residual stream.
 
     Source: ReplaceMe (arXiv 2505.02819), least-squares form.
@@ -228,6 +231,7 @@ def linear_map(
         >>> linear_map(anatomy, plan, batches)[0].layer  # doctest: +SKIP
         17
     """
+    _check_damping(damping)
     walk = Walk(anatomy, plan, batches)
     if walk.gain["down"] is None:
         raise ValueError(
@@ -245,21 +249,22 @@ def linear_map(
         if layer in front:
             equations = NormalEquations(intercept=False)
             for seen in walk.see(layer, "down"):
-                equations.add(seen.output, seen.missing, seen.weight)
-            correction, _, before, after = equations.solve(damping)
+                equations.add(seen.output, seen.missing, seen.weight, seen.held_out)
+            fit = equations.solve(damping)
+            correction = fit.correction
             weight = _columns(anatomy, layer, "down")
             bias = _bias(anatomy, layer, "down")
             with torch.no_grad():
                 weight += (correction.T.to(weight.device) @ weight.double()).to(weight)
                 if bias is not None:
                     bias += (bias.double() @ correction.to(bias.device)).to(bias)
-            done.append(Repaired(layer, "down", before, after))
+            done.append(_repaired(layer, "down", fit))
         walk.leave(layer)
     return done
 
 
 def _dense_least_squares(
-    anatomy: Anatomy, plan: PruningPlan, batches: Iterable[Batch], damping: float, progress: bool
+    anatomy: Anatomy, plan: PruningPlan, batches: Iterable[Batch], damping: float | None, progress: bool
 ) -> Iterator[Repaired]:
     """All projections at once, on the dense model's activations: one pass, but all Gram matrices in memory."""
     if plan.removed_layers:
@@ -267,6 +272,7 @@ def _dense_least_squares(
     gone = _removed_inputs(anatomy, plan)
     kept = {key: kept_features(anatomy, plan, *key) for key in gone}
     equations = {key: NormalEquations(intercept=_bias(anatomy, *key) is not None) for key in gone}
+    rows = dict.fromkeys(gone, 0)  # seen so far
 
     def consume(layer: int, role: str, tokens: Tokens) -> None:
         key, device = (layer, role), tokens.values.device
@@ -275,7 +281,9 @@ def _dense_least_squares(
             given = tokens.values[:, gone[key].to(device)] @ lost.T
             stays = kept[key]
             assert stays is not None
-            equations[key].add(tokens.values[:, stays.to(device)], given, tokens.weight.to(device))
+            held_out = is_held_out(rows[key] + tokens.prompt)
+            equations[key].add(tokens.values[:, stays.to(device)], given, tokens.weight.to(device), held_out)
+            rows[key] += tokens.num_prompts
 
     stream_inputs(anatomy, batches, consume, progress=progress, description="least squares")
     for key in gone:
@@ -288,19 +296,28 @@ def _refit(
     role: str,
     kept: torch.Tensor | None,
     equations: NormalEquations,
-    damping: float,
+    damping: float | None,
 ) -> Repaired:
-    correction, shift, before, after = equations.solve(damping)
+    fit = equations.solve(damping)
     weight, bias = _columns(anatomy, layer, role), _bias(anatomy, layer, role)
     with torch.no_grad():
-        change = correction.T.to(weight)
+        change = fit.correction.T.to(weight)
         if kept is None:
             weight += change
         else:
             weight.index_add_(1, kept.to(weight.device), change)
-        if bias is not None and shift is not None:
-            bias += shift.to(bias)
-    return Repaired(layer, role, before, after)
+        if bias is not None and fit.shift is not None:
+            bias += fit.shift.to(bias)
+    return _repaired(layer, role, fit)
+
+
+def _repaired(layer: int, role: str, fit: Fit) -> Repaired:
+    return Repaired(layer, role, fit.before, fit.after, fit.damping)
+
+
+def _check_damping(damping: float | None) -> None:
+    if damping is not None and not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}: kept units can be collinear.")
 
 
 def _removed_inputs(anatomy: Anatomy, plan: PruningPlan) -> dict[tuple[int, str], torch.Tensor]:

@@ -41,6 +41,7 @@ class Rows:
         pruned: those of the pruned one.
         outputs: role -> output of that projection in the dense model, in the layer that was entered last.
         after: hidden states of the dense model behind that layer, and behind the removed layers that follow it.
+        first: how many rows came before this batch.
     """
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -49,6 +50,7 @@ class Rows:
     pruned: torch.Tensor
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     after: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Seen:
         output: ``(n_tokens, hidden_size)``.
         missing: ``(n_tokens, hidden_size)``: what the output lacks.
         weight: ``(n_tokens,)`` float64.
+        held_out: ``(n_tokens,)``, true in every fourth calibration row: not for fitting, but for judging a fit.
     """
 
     inputs: torch.Tensor
     output: torch.Tensor
     missing: torch.Tensor
     weight: torch.Tensor
+    held_out: torch.Tensor
 
 
 def kept_features(anatomy: Anatomy, plan: PruningPlan, layer: int, role: str) -> torch.Tensor | None:
@@ -96,6 +100,18 @@ def kept_features(anatomy: Anatomy, plan: PruningPlan, layer: int, role: str) ->
     return (index.unsqueeze(1) * width + torch.arange(width)).flatten()
 
 
+def is_held_out(row: torch.Tensor) -> torch.Tensor:
+    """Return which calibration rows, by number, judge a fit instead of entering it: every fourth.
+
+    Counted over all batches, so that the batch size does not matter.
+
+    Example:
+        >>> is_held_out(torch.arange(5)).tolist()
+        [False, False, False, True, False]
+    """
+    return row % 4 == 3
+
+
 class Walk:
     """Both hidden states of all calibration rows, moved on layer by layer.
 
@@ -120,7 +136,9 @@ class Walk:
         self.rows: list[Rows] = []
         self.template: Any = None
         for index, batch in enumerate(batches):
-            self.rows.append(self._start(batch, token_mask(batch, index)))
+            rows = self._start(batch, token_mask(batch, index))
+            rows.first = sum(len(earlier.mask) for earlier in self.rows)
+            self.rows.append(rows)
         if not self.rows:
             raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
         self.gain = {role: self._gain(role) for role in OUTPUT_ROLES}
@@ -198,6 +216,7 @@ class Walk:
                     select_tokens(output, rows.mask).values,
                     select_tokens(missing, rows.mask).values,
                     weight,
+                    is_held_out(rows.first + tokens.prompt),
                 )
 
     def leave(self, layer: int) -> None:

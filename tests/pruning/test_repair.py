@@ -11,7 +11,7 @@ import torch
 from hf_cka.anatomy import find_anatomy
 from hf_cka.pruning.criteria.base import ScoringContext
 from hf_cka.pruning.criteria.width import WIDTH
-from hf_cka.pruning.normal_equations import NormalEquations
+from hf_cka.pruning.normal_equations import DAMPINGS, NormalEquations
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.repair import repair
 from hf_cka.pruning.surgery import apply_plan
@@ -55,7 +55,7 @@ def test_least_squares_lowers_the_error_in_every_family(model_type):
     dense = tiny_model(model_type)
     plan, batches = plan_for(dense), data()
     plain, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = repair(repaired, plan, batches, progress=False)
+    report = repair(repaired, plan, batches, damping=0.01, progress=False)
     assert all(0 <= step.after <= step.before for step in report.repaired)
     cut = [(0, "down"), (1, "o"), (1, "down"), (3, "down")]
     assert [(step.layer, step.role) for step in report.repaired] == cut
@@ -207,14 +207,52 @@ def test_streaming_equals_whole_and_the_intercept_is_free():
     for a, b, w in zip(x.split(33), y.split(33), weight.split(33), strict=True):
         parts.add(a, b, w)
     whole.add(x, y, weight)
-    correction, shift, before, after = parts.solve(1e-9)
-    torch.testing.assert_close(correction, whole.solve(1e-9)[0], rtol=1e-5, atol=1e-6)
+    fit = parts.solve(1e-9)
+    correction, shift, before, after = fit.correction, fit.shift, fit.before, fit.after
+    torch.testing.assert_close(correction, whole.solve(1e-9).correction, rtol=1e-5, atol=1e-6)
     design = torch.cat([x, torch.ones(200, 1)], 1).double() * weight.sqrt().unsqueeze(1)
     plain = torch.linalg.lstsq(design, y.double() * weight.sqrt().unsqueeze(1)).solution
     torch.testing.assert_close(torch.cat([correction, shift.unsqueeze(0)]), plain, rtol=1e-4, atol=1e-5)
     left = y.double() - x.double() @ correction - shift
     assert after == pytest.approx(float((weight @ left.square()).sum() / weight.sum()), rel=1e-3)
     assert before == pytest.approx(float((weight @ y.double().square()).sum() / weight.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_damping_is_the_one_that_explains_held_out_rows_best(intercept):
+    """Few noisy rows want a strong one, many clean rows a weak one; the choice is checked against plain refits."""
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randn(20, 3, generator=generator)
+    chosen = []
+    for rows, noise in ((48, 20.0), (4000, 0.01)):
+        x = torch.randn(rows, 20, generator=generator)
+        y = x @ truth + noise * torch.randn(rows, 3, generator=generator) + 5 * intercept
+        weight = torch.rand(rows, generator=generator).double() + 0.1
+        held = torch.arange(rows) % 4 == 3
+        equations = NormalEquations(intercept)
+        for part in zip(x.split(100), y.split(100), weight.split(100), held.split(100), strict=True):
+            equations.add(*part)
+        errors = {}
+        for damping in DAMPINGS:
+            plain = NormalEquations(intercept)
+            plain.add(x[~held], y[~held], weight[~held])
+            fit = plain.solve(damping)
+            left = y[held].double() - x[held].double() @ fit.correction - (fit.shift if intercept else 0)
+            errors[damping] = float((weight[held] @ left.square()).sum())
+        chosen.append(equations.solve().damping)
+        assert chosen[-1] == min(errors, key=errors.get)
+    assert chosen[0] > chosen[1]
+
+
+def test_the_chosen_damping_does_not_depend_on_the_batch_size():
+    rows = torch.cat([batch["input_ids"] for batch in data(3)])
+    found = []
+    for size in (1, 2, len(rows)):
+        model = tiny_model("llama")
+        batches = [{"input_ids": part} for part in rows.split(size)]
+        found.append([r.damping for r in repair(model, plan_for(model), batches, progress=False).repaired])
+    assert found[0] == found[1] == found[2]
+    assert None not in found[0]
 
 
 def test_an_error_leaves_the_weights_as_they_were():
