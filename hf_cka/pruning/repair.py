@@ -222,8 +222,8 @@ def linear_map(
         progress: show a bar.
 
     Raises:
-        ValueError: for a damping that is not positive, if no run has a layer with an MLP in front of it, or the MLP's output is not simply added to the
-            residual stream.
+        ValueError: for a damping that is not positive, if no run has a layer with an MLP in front of it, or the MLP's
+            output is not simply added to the residual stream.
 
     Source: ReplaceMe (arXiv 2505.02819), least-squares form.
 

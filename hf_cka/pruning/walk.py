@@ -19,7 +19,7 @@ from torch import nn
 from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import Structure
-from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, select_tokens
+from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, select_tokens
 from hf_cka.pruning.criteria.replay import call_with, entering, forwards, hidden_of, rewrap, silenced
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.representations import check_runnable, forward, token_mask
@@ -179,6 +179,27 @@ class Walk:
                 for ahead in range(layer + 1, layer + 1 + self.runs_ahead(layer)):
                     rows.after = self._call(ahead, rows, rows.after)
 
+    def visit(self, layer: int) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Run a layer on the dense states, hand over (inputs, weight) of its output projections, and move on.
+
+        For whoever only looks at the dense model: one call a layer and batch, and the weights that :meth:`see` gives.
+
+        Args:
+            layer: the next one, from layer 0 on.
+        """
+        for rows in self.rows:
+            with torch.no_grad(), self._watched(layer) as seen:
+                after = self._call(layer, rows, rows.dense)
+            stream, gain = {"down": after}, self.gain["o"]
+            if "o" in seen and gain is not None:
+                stream["o"] = rows.dense + gain * seen["o"][1]
+            found = {}
+            for role, (inputs, _) in seen.items():
+                tokens = select_tokens(inputs, rows.mask)
+                found[role] = tokens.values, self._weight(tokens, stream[role] if self._adds(role) else None, rows)
+            rows.dense = after
+            yield found
+
     def see(self, layer: int, role: str) -> Iterator[Seen]:
         """Run a layer, as it is now, on the pruned states, and yield what one projection lacks.
 
@@ -198,7 +219,7 @@ class Walk:
                 behind = self._call(layer, rows, rows.pruned)
                 inputs, output = seen[role]
                 target = rows.dense
-                gain = self.gain[role] if all(self.gain.values()) else None
+                gain = self.gain[role] if self._adds(role) else None
                 if gain is None:
                     missing = (_wide(rows.outputs[role]) - _wide(output)).reshape(rows.dense.shape)
                 elif role == "down":
@@ -208,9 +229,7 @@ class Walk:
                     target = rows.dense + gain * rows.outputs["o"]
                     missing = own + (_wide(rows.dense) - _wide(rows.pruned)) / gain
                 tokens = select_tokens(inputs, rows.mask)
-                weight = tokens.weight.to(tokens.values.device)
-                if gain is not None:
-                    weight = weight / select_tokens(target, rows.mask).values.double().square().mean(dim=1)
+                weight = self._weight(tokens, None if gain is None else target, rows)
                 yield Seen(
                     tokens.values if kept is None else tokens.values[:, kept.to(tokens.values.device)],
                     select_tokens(output, rows.mask).values,
@@ -225,6 +244,15 @@ class Walk:
             with torch.no_grad(), self._watched(layer, pruned=True):
                 rows.pruned = self._call(layer, rows, rows.pruned)
             rows.dense, rows.outputs = rows.after, {}
+
+    def _adds(self, role: str) -> bool:
+        """Whether a branch's output is added to the residual stream (and so is the other's)."""
+        return self.gain[role] is not None and all(self.gain.values())
+
+    def _weight(self, tokens: Tokens, stream: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+        """Prompts weigh equally; a token weighs one over the mean square of the stream, where there is one."""
+        weight = tokens.weight.to(tokens.values.device)
+        return weight if stream is None else weight / select_tokens(stream, rows.mask).values.double().square().mean(1)
 
     # ---- how a layer is run ----
 

@@ -13,10 +13,11 @@ from hf_cka.lookup import lookup
 from hf_cka.pruning.criteria.base import ScoringContext, WidthScores, score
 from hf_cka.pruning.criteria.inputs import output_projections, tapped
 from hf_cka.pruning.criteria.width import WIDTH
+from hf_cka.pruning.criteria.width_refit import eliminate
 from hf_cka.representations import Pooling
 from tests.tiny import DECODERS, SETTINGS, tiny_batch, tiny_model
 
-ACTIVATION_BASED = ("amp", "activation_norm", "taylor", "wanda", "flap", "variance", "kl")
+ACTIVATION_BASED = ("amp", "activation_norm", "taylor", "wanda", "flap", "variance", "kl", "obs")
 
 
 def score_width(model, batches, name: str, **settings) -> WidthScores:
@@ -163,6 +164,77 @@ def test_kl_is_the_divergence_of_the_output_without_the_group():
                     tokens = (without.exp() * (without - intact)).sum(-1).double()
                     expected = sum(row[m].mean() for row, m in zip(tokens, mask, strict=True)) / 2
                     assert value.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_elimination_is_greedy_least_squares(size):
+    """Against refitting every candidate from scratch at every step."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+    x[:, 5] = x[:, 4] + 0.1 * x[:, 5]  # nearly collinear: one of the two is cheap, the second is not
+    weights = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    gram = x.T @ x
+    order, cost = eliminate(gram, weights, size)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(12)
+
+    def error(gone: list[int]) -> float:
+        """Of the damped problem: the least that is left when the weights of these groups are zero."""
+        features = [g * size + i for g in gone for i in range(size)]
+        stay = [i for i in range(12) if i not in features]
+        schur = damped[features][:, features] - damped[features][:, stay] @ torch.linalg.solve(
+            damped[stay][:, stay], damped[stay][:, features]
+        )
+        return float((weights[features] * (schur @ weights[features])).sum())
+
+    gone: list[int] = []
+    highest = 0.0
+    for _ in range(12 // size - 1):
+        left = [g for g in range(12 // size) if g not in gone]
+        best = min(left, key=lambda g: error([*gone, g]))
+        highest = max(highest, error([*gone, best]) - (error(gone) if gone else 0.0))
+        gone.append(best)
+        assert cost[best] == pytest.approx(highest, rel=1e-6)
+    assert order[:-1] == gone
+
+
+def test_obs_is_in_units_of_the_output():
+    """The scores of the cheapest 40 % of a layer's units add up to the KL that their refitted removal causes."""
+    model = tiny_model("llama")
+    batches = [tiny_batch(8, length=10, seed=s) for s in range(4)]
+    scores = score_width(model, batches, "obs").units
+    mask = [batch["attention_mask"].bool() for batch in batches]
+    with torch.no_grad():
+        intact = [model(**batch).logits.log_softmax(-1) for batch in batches]
+    for layer in (0, 2):
+        mlp = model.model.layers[layer].mlp
+        caught: list = []
+        hooks = [
+            mlp.down_proj.register_forward_pre_hook(lambda _m, args, seen=caught: seen.append(args[0])),
+            model.model.layers[layer].register_forward_hook(lambda _m, _a, out, seen=caught: seen.append(out)),
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        for hook in hooks:
+            hook.remove()
+        gram = torch.zeros(48, 48, dtype=torch.float64)
+        for x, out, keep in zip(caught[::2], caught[1::2], mask, strict=True):
+            weight = (1 / keep.sum(1, keepdim=True) / out.double().square().mean(-1))[keep]
+            gram += (x[keep].double() * weight.unsqueeze(1)).T @ x[keep].double()
+        gone = scores[layer].argsort()[:19]
+        stay = torch.tensor([i for i in range(48) if i not in gone])
+        damped = gram[stay][:, stay] + 0.01 * gram.diagonal().mean() * torch.eye(len(stay))
+        refitted = copy.deepcopy(model)
+        down = refitted.model.layers[layer].mlp.down_proj.weight
+        with torch.no_grad():
+            down[:, stay] += down[:, gone] @ torch.linalg.solve(damped, gram[stay][:, gone]).T.float()
+            down[:, gone] = 0
+            divergence = 0.0
+            for batch, before, keep in zip(batches, intact, mask, strict=True):
+                after = refitted(**batch).logits.log_softmax(-1)
+                per_token = (before.exp() * (before - after)).sum(-1).masked_fill(~keep, 0)
+                divergence += float((per_token.sum(1) / keep.sum(1)).sum())
+        assert float(scores[layer][gone].sum()) == pytest.approx(divergence / 32, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ACTIVATION_BASED)

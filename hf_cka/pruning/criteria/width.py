@@ -16,6 +16,7 @@ from hf_cka.anatomy import Anatomy
 from hf_cka.pruning.criteria.base import CriterionEntry, ScoringContext, WidthScores
 from hf_cka.pruning.criteria.inputs import Tokens, stream_inputs, weight_matrix
 from hf_cka.pruning.criteria.width_output import score_kl, score_taylor
+from hf_cka.pruning.criteria.width_refit import score_obs
 
 # (layer, role) -> one value per feature, head or group
 Statistics = dict[tuple[int, str], torch.Tensor]
@@ -330,6 +331,13 @@ _ENTRIES = (
         score_kl,
         "KL of the output without the group to the intact one (slow: one forward pass per group and batch)",
         "arXiv 2506.04513",
+        needs_logits=True,
+    ),
+    CriterionEntry(
+        "obs",
+        score_obs,
+        "rise of the output's KL when the group goes and the rest is refitted",
+        "arXiv 2302.04089",
         needs_logits=True,
     ),
     CriterionEntry("random", score_random, "a seeded draw, the control", "", needs_data=False),

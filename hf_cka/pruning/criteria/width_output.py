@@ -42,7 +42,7 @@ def score_taylor(context: ScoringContext) -> WidthScores:
     """
     anatomy = context.anatomy
     check_runnable(anatomy.model)
-    totals = {key: torch.zeros(count, dtype=torch.float64) for key, count in _group_counts(anatomy).items()}
+    totals = {key: torch.zeros(count, dtype=torch.float64) for key, count in group_counts(anatomy).items()}
     mask = torch.empty(0)
     prompts = 0
 
@@ -64,7 +64,7 @@ def score_taylor(context: ScoringContext) -> WidthScores:
             mask = token_mask(batch, index)
             _prompt_losses(anatomy, batch, mask, index).sum().backward()
             prompts += len(mask)
-    return _width_scores(anatomy, {key: total / prompts for key, total in totals.items()})
+    return width_scores(anatomy, {key: total / prompts for key, total in totals.items()})
 
 
 def score_kl(context: ScoringContext) -> WidthScores:
@@ -87,7 +87,7 @@ def score_kl(context: ScoringContext) -> WidthScores:
     """
     anatomy = context.anatomy
     check_runnable(anatomy.model)
-    counts = _group_counts(anatomy)
+    counts = group_counts(anatomy)
     totals = {key: torch.zeros(count, dtype=torch.float64) for key, count in counts.items()}
     removed: tuple[int, str, range] = (-1, "", range(0))
     prompts = 0
@@ -107,22 +107,22 @@ def score_kl(context: ScoringContext) -> WidthScores:
         for index, batch in enumerate(context.batches):
             mask = token_mask(batch, index)
             prompts += len(mask)
-            intact = _logits(anatomy, batch).float().log_softmax(dim=-1)
+            intact = logits_of(anatomy, batch).float().log_softmax(dim=-1)
             step = max(1, _KL_ROWS // len(mask))
             for (layer, role), count in counts.items():
                 for start in range(0, count, step):
                     removed = (layer, role, range(start, min(start + step, count)))
-                    without = _logits(anatomy, _copies(batch, len(removed[2]), len(mask))).float().log_softmax(dim=-1)
+                    without = logits_of(anatomy, _copies(batch, len(removed[2]), len(mask))).float().log_softmax(dim=-1)
                     without = without.reshape(len(removed[2]), *intact.shape)
                     for group, changed in zip(removed[2], without, strict=True):
                         divergence = (changed.exp() * (changed - intact)).sum(dim=-1)
-                        totals[layer, role][group] += _prompt_mean(divergence, mask).sum().cpu()
+                        totals[layer, role][group] += prompt_mean(divergence, mask).sum().cpu()
                     bar.update(len(removed[2]))
             removed = (-1, "", range(0))
-    return _width_scores(anatomy, {key: total / prompts for key, total in totals.items()})
+    return width_scores(anatomy, {key: total / prompts for key, total in totals.items()})
 
 
-def _group_counts(anatomy: Anatomy) -> dict[tuple[int, str], int]:
+def group_counts(anatomy: Anatomy) -> dict[tuple[int, str], int]:
     """(layer, role) -> how many groups or units the output projection takes in."""
     counts = {}
     for layer, role, _ in output_projections(anatomy):
@@ -131,7 +131,8 @@ def _group_counts(anatomy: Anatomy) -> dict[tuple[int, str], int]:
     return counts
 
 
-def _width_scores(anatomy: Anatomy, values: dict[tuple[int, str], torch.Tensor]) -> WidthScores:
+def width_scores(anatomy: Anatomy, values: dict[tuple[int, str], torch.Tensor]) -> WidthScores:
+    """Scores from (layer, role) -> one value per group or unit."""
     none = torch.zeros(0, dtype=torch.float64)
     groups, units = (
         tuple(values.get((layer, role), none) for layer in range(anatomy.num_layers)) for role in ("o", "down")
@@ -161,7 +162,8 @@ def _gradients_of_activations(anatomy: Anatomy) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _logits(anatomy: Anatomy, batch: Batch) -> torch.Tensor:
+def logits_of(anatomy: Anatomy, batch: Batch) -> torch.Tensor:
+    """The output of the head, without a loss and without a cache."""
     device = next(anatomy.embedding.parameters()).device
     inputs = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
@@ -181,7 +183,7 @@ def _copies(batch: Batch, times: int, rows: int) -> dict[str, Any]:
     }
 
 
-def _prompt_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def prompt_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over each prompt's tokens of (batch, tokens); (batch,) is left as it is. Float64."""
     if values.ndim == 1:
         return values.double()
@@ -191,7 +193,7 @@ def _prompt_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: int) -> torch.Tensor:
     """The mean loss of each prompt of a batch, ``(batch,)``."""
-    logits = _logits(anatomy, batch).float()
+    logits = logits_of(anatomy, batch).float()
     labels = batch.get("labels")
     if anatomy.kind == "decoder" and logits.ndim == 3:
         ids = batch["input_ids"] if labels is None else labels
