@@ -77,7 +77,8 @@ METHODS: dict[str, tuple[Callable[[float, int], PruningConfig], int, int]] = {
         56,
         256,
     ),
-    "wanda + least squares, more text": (_width("wanda", repair="least_squares"), 128, 256),
+    "obs, global + least squares": (_width("obs", budget="global", repair="least_squares"), 56, 256),
+    "obs, global + least squares, more text": (_width("obs", budget="global", repair="least_squares"), 224, 256),
     # mixtures
     "mop, random path (paper)": (
         lambda ratio, seed: PruningConfig.paper("mop", ratio=ratio, seed=seed),
