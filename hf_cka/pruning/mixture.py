@@ -98,7 +98,7 @@ def prune_mixture(run: Run) -> None:
     if run.history.steps:
         _load_weights(run)
     else:
-        _check(run, depth, width)
+        check_mixture(run, depth, width)
     while True:
         steps = len(run.history.steps)
         if run.config.num_layers is not None:
@@ -113,8 +113,12 @@ def prune_mixture(run: Run) -> None:
         _step(run, depth, width, cost)
 
 
-def _check(run: Run, depth: CriterionEntry, width: CriterionEntry) -> None:
-    """Refuse what cannot be reached or scored, before anything is done."""
+def check_mixture(run: Run, depth: CriterionEntry, width: CriterionEntry) -> None:
+    """Refuse what cannot be reached or scored, before anything is done.
+
+    Raises:
+        ValueError: naming the reachable range, or what is missing.
+    """
     context, config = run.context(), run.config
     parameters = layer_parameters(run.anatomy)
     assert config.path is not None

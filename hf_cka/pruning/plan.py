@@ -69,6 +69,11 @@ def _kept(table: Mapping[int, Iterable[int]], what: str) -> Mapping[int, tuple[i
     return MappingProxyType({int(k): _indices(v, f"{what}[{k}]") for k, v in sorted(table.items(), key=_by_int)})
 
 
+def _new_ones(layers: tuple[int, ...], after: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...]:
+    """Current indices of the layers that are named after and were not before."""
+    return tuple(now for now, index in enumerate(layers) if index in after and index not in before)
+
+
 def _by_int(item: tuple[int, Any]) -> int:
     return int(item[0])
 
@@ -262,6 +267,44 @@ class PruningPlan:
             kept_groups=tables["kept_groups"],
             kept_units=tables["kept_units"],
         )
+
+    def since(self, first: PruningPlan) -> PruningPlan:
+        """Return what is left to do of this plan once another one, a part of it, was applied: `then` turned round.
+
+        Args:
+            first: a plan for the same model that removes nothing which this one keeps.
+
+        Raises:
+            ValueError: if it does.
+
+        Example:
+            >>> whole = PruningPlan(num_layers=6, model_type="llama", removed_layers=(1, 2))
+            >>> whole.since(PruningPlan(num_layers=6, model_type="llama", removed_layers=(1,))).removed_layers
+            (1,)
+        """
+        layers, gone = first.kept_layers, set(self.removed_layers)
+        tables: dict[str, dict[int, tuple[int, ...]]] = {"kept_groups": {}, "kept_units": {}}
+        for name, table in tables.items():
+            before, after = getattr(first, name), getattr(self, name)
+            for now, index in enumerate(layers):
+                if index in after and after[index] != before.get(index):
+                    have = before.get(index)
+                    lost = () if have is None else set(after[index]) - set(have)
+                    if lost:
+                        raise ValueError(f"{name}[{index}] keeps {sorted(lost)[:5]}, which the first plan removed.")
+                    table[now] = after[index] if have is None else tuple(map(have.index, after[index]))
+        rest = PruningPlan(
+            num_layers=len(layers),
+            model_type=self.model_type,
+            removed_layers=tuple(now for now, index in enumerate(layers) if index in gone),
+            removed_attention=_new_ones(layers, self.removed_attention, first.removed_attention),
+            removed_mlp=_new_ones(layers, self.removed_mlp, first.removed_mlp),
+            kept_groups=tables["kept_groups"],
+            kept_units=tables["kept_units"],
+        )
+        if first.then(rest) != self:
+            raise ValueError("The first plan removes what this one keeps, so it is no part of it.")
+        return rest
 
     def validate(self, model: Any) -> None:
         """Check that the plan fits a model, before anything is done to it.

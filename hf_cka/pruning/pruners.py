@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_cka.anatomy import find_anatomy
+from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.config import PruningConfig
-from hf_cka.pruning.depth import prune_depth
+from hf_cka.pruning.criteria import DEPTH, WIDTH
+from hf_cka.pruning.criteria.base import check_usable
+from hf_cka.pruning.depth import check_reachable, prune_depth
 from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
-from hf_cka.pruning.mixture import prune_mixture
+from hf_cka.pruning.mixture import check_mixture, prune_mixture
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.removable import num_parameters
 from hf_cka.pruning.repair import repair
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.surgery import apply_plan
-from hf_cka.pruning.width_run import prune_width
+from hf_cka.pruning.width_run import check_width, prune_width
 from hf_cka.representations import distributed, is_main_process
 
 # what carries a run to its end
@@ -125,6 +127,91 @@ def prune(
                 on_step(step)
     PRUNERS[config.pruner](run)
     return PruningResult(_finished(anatomy.model, run, inplace), run.plan, run.history)
+
+
+def start_history(model: nn.Module, batches: Iterable[Batch], config: PruningConfig) -> PruningHistory:
+    """Return the empty history of a run that will go on between other things, such as training steps.
+
+    Args:
+        model: the model as it is before anything is removed.
+        batches: calibration data.
+        config: what to prune and how.
+
+    Raises:
+        ValueError: for a ratio that cannot be reached (the range is named), or data that the criterion cannot use.
+    """
+    anatomy = find_anatomy(model)
+    batches = _of_all_processes(list(batches))
+    history = PruningHistory(
+        config=config,
+        model=model_digest(anatomy.model),
+        calibration=data_digest(batches),
+        parameters=num_parameters(anatomy.model),
+    )
+    apply_plan(sharing_copy(anatomy.model), PruningPlan(anatomy.num_layers, anatomy.family.name))
+    run = Run(config, sharing_copy(anatomy.model), batches, history, history_plan(history, anatomy))
+    CHECKS[config.pruner](run)
+    return history
+
+
+def prune_further(
+    model: nn.Module, batches: Iterable[Batch], history: PruningHistory, share: float, *, progress: bool = False
+) -> tuple[PruningPlan, PruningHistory]:
+    """Decide what goes next from a model that was pruned before, and trained since.
+
+    Args:
+        model: the model now; it is not changed.
+        batches: calibration data.
+        history: of what was removed so far.
+        share: of the config's ratio (or number of structures) that should be gone afterwards, up to 1.
+        progress: show bars.
+
+    Returns:
+        The plan for the model now, and the history with the new steps. Processes decide alike: on the data of all.
+
+    Raises:
+        ValueError: as :func:`prune`.
+    """
+    anatomy = find_anatomy(model)
+    config = history.config
+    changes: dict[str, Any] = {}
+    if config.ratio is not None:
+        changes["ratio"] = config.ratio * share
+    else:
+        assert config.num_layers is not None
+        changes["num_layers"] = max(1, round(config.num_layers * share))
+    if config.pruner != "mixture" and (config.steps is not None or config.pruner == "width"):
+        changes["steps"] = len(history.steps) + 1  # this is one of the steps
+    plan = history_plan(history, anatomy)
+    partial = replace(config, **changes)
+    run = Run(partial, sharing_copy(anatomy.model), _of_all_processes(list(batches)), history, plan, progress=progress)
+    # a depth run refuses a ratio below its smallest structure; here that only means that nothing is due yet
+    due = config.pruner != "depth" or run.removable.affordable(run.candidates(), run.need, config.reach)
+    if run.need > 0 and due:
+        PRUNERS[config.pruner](run)
+    return run.plan.since(plan), run.history
+
+
+def history_plan(history: PruningHistory, anatomy: Anatomy) -> PruningPlan:
+    """Return what a history removed, by the index of the model it began with; nothing if it has no steps."""
+    return history.steps[-1].plan if history.steps else PruningPlan(anatomy.num_layers, anatomy.family.name)
+
+
+def _check_width(run: Run) -> None:
+    check_usable(WIDTH[str(run.config.criterion)], run.context())
+    check_width(run)
+
+
+def _check_depth(run: Run) -> None:
+    check_reachable(run, DEPTH[str(run.config.criterion)])
+
+
+def _check_mixture(run: Run) -> None:
+    check_mixture(run, DEPTH[str(run.config.criterion)], WIDTH[str(run.config.width_criterion)])
+
+
+# what refuses, before a run, what it could not finish
+CHECKS: dict[str, Callable[[Run], None]] = {"depth": _check_depth, "width": _check_width, "mixture": _check_mixture}
 
 
 def _of_all_processes(batches: list[Batch]) -> list[Batch]:

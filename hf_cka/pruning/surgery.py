@@ -5,12 +5,17 @@ Choosing what to remove, repairing and training what is left, and files never be
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.anatomy import Anatomy, LayerSizes, find_anatomy
 from hf_cka.pruning.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from hf_cka.modeling.structure import LayerShape
 
 
 def apply_plan(model: Any, plan: PruningPlan) -> Any:
@@ -68,14 +73,7 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     skipped = {shape.source: anatomy.skipped(shape.source) for shape in shapes}
     layers = [anatomy.layer(shape.source) for shape in shapes]
     for position, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
-        for which in shape.skip:
-            if which not in skipped[shape.source]:
-                code.skip_sublayer(layer, layout, which)
-        sizes = before[shape.source]
-        if shape.source in plan.kept_groups and "attention" not in shape.skip:
-            code.keep_groups(layer, layout, plan.kept_groups[shape.source], sizes.num_heads, sizes.num_kv_heads)
-        if shape.source in plan.kept_units and "mlp" not in shape.skip:
-            code.keep_units(layer, layout, plan.kept_units[shape.source])
+        _cut(layer, layout, plan, shape, before[shape.source], skipped[shape.source])
         if hasattr(new, "base_model_type"):
             code.own_config(layer, layout, shape.num_heads, shape.num_kv_heads)
         _renumber(layer, position)
@@ -89,6 +87,76 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     stock = getattr(type(model), "stock_class", type(model))
     code.become(model, code.model_class(stock) if hasattr(new, "base_model_type") else stock)
     return model
+
+
+def parameter_map(model: Any, plan: PruningPlan) -> dict[str, tuple[str, torch.Tensor | None]]:
+    """Return what becomes of every parameter that outlives a plan, for whoever holds something per parameter.
+
+    Args:
+        model: the model before `apply_plan`, which is not changed.
+        plan: what will be removed.
+
+    Returns:
+        Old name -> (new name, None where the parameter stays as it is, else for every element of the new one its
+        place in the flattened old one). Parameters that go are not named.
+
+    Raises:
+        ValueError: if the plan does not fit.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     num_hidden_layers=2, hidden_size=4, intermediate_size=8, num_attention_heads=2, vocab_size=16
+        ... )
+        >>> plan = PruningPlan(num_layers=2, model_type="llama", removed_layers=(0,), kept_units={1: [2, 5]})
+        >>> new, places = parameter_map(LlamaForCausalLM(config), plan)["model.layers.1.mlp.up_proj.weight"]
+        >>> new, places.tolist()
+        ('model.layers.0.mlp.up_proj.weight', [[8, 9, 10, 11], [20, 21, 22, 23]])
+    """
+    anatomy = find_anatomy(model)
+    shapes = {shape.source: (position, shape) for position, shape in enumerate(plan.shapes(anatomy))}
+    prefix = next(name for name, module in model.named_modules() if module is anatomy.layers)
+    layout = anatomy.family.to_dict()
+    found: dict[str, tuple[str, torch.Tensor | None]] = {}
+    inside = {
+        f"{prefix}.{index}.{name}": (index, name)
+        for index in range(anatomy.num_layers)
+        for name, _ in anatomy.layer(index).named_parameters()
+    }
+    places = {}
+    for index, (_, shape) in shapes.items():
+        touched = index in {*plan.kept_groups, *plan.kept_units, *plan.removed_attention, *plan.removed_mlp}
+        if touched:  # cut a copy that holds, instead of weights, where each of them lies
+            twin = copy.deepcopy(anatomy.layer(index))
+            for parameter in twin.parameters():
+                parameter.data = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
+            _cut(twin, layout, plan, shape, anatomy.sizes(index), anatomy.skipped(index))
+            places[index] = {name: parameter.detach().long() for name, parameter in twin.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name not in inside:
+            found[name] = name, None
+            continue
+        index, inner = inside[name]
+        if index in shapes and (index not in places or inner in places[index]):
+            kept = places[index][inner] if index in places else None
+            whole = kept is None or kept.shape == parameter.shape
+            found[name] = f"{prefix}.{shapes[index][0]}.{inner}", None if whole else kept
+    return found
+
+
+def _cut(
+    layer: nn.Module, layout: dict[str, Any], plan: PruningPlan, shape: LayerShape, sizes: LayerSizes, skipped: Any
+) -> None:
+    """Remove from one layer what a plan names."""
+    from hf_cka.modeling import modeling_hf_cka as code
+
+    for which in shape.skip:
+        if which not in skipped:
+            code.skip_sublayer(layer, layout, which)
+    if shape.source in plan.kept_groups and "attention" not in shape.skip:
+        code.keep_groups(layer, layout, plan.kept_groups[shape.source], sizes.num_heads, sizes.num_kv_heads)
+    if shape.source in plan.kept_units and "mlp" not in shape.skip:
+        code.keep_units(layer, layout, plan.kept_units[shape.source])
 
 
 def _renumber(layer: nn.Module, index: int) -> None:

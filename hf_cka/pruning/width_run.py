@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import Structure, WidthScores, check_usable, score
 from hf_cka.pruning.plan import PruningPlan
@@ -33,6 +35,23 @@ def prune_width(run: Run) -> None:
         plan = _reaching(run, scores, wanted, settings)
         run.apply(plan)
         run.record("width", widths_in_words(run), None, {})
+
+
+def check_width(run: Run) -> None:
+    """Refuse a ratio that cannot be reached, before anything is scored.
+
+    Raises:
+        ValueError: naming the reachable range.
+    """
+    assert run.config.ratio is not None
+    sizes, settings = layer_parameters(run.anatomy).sizes, run.config.width
+    flat = WidthScores(
+        tuple(torch.ones(n, dtype=torch.float64) for n in sizes.kv_groups),
+        tuple(torch.ones(n, dtype=torch.float64) for n in sizes.units),
+    )
+    if run.config.budget == "importance" and settings.layer_importance is None:
+        settings = replace(settings, layer_importance=(1.0,) * run.anatomy.num_layers)
+    _reaching(run, flat, run.need, settings)
 
 
 def widths_in_words(run: Run) -> tuple[str, ...]:

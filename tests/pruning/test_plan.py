@@ -233,3 +233,39 @@ def test_explain_relabels_a_llama_that_llama_rejects():
 def test_every_family_can_be_explained():
     for model_type in SETTINGS:
         plan(model_type=model_type, removed_mlp=(1,)).explain(tiny_config(model_type))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_since_turns_then_round(data):
+    first = PruningPlan(
+        num_layers=6,
+        model_type="llama",
+        removed_layers=tuple(data.draw(st.sets(st.integers(0, 5), max_size=2))),
+    )
+    free = sorted(first.kept_layers)
+    first = PruningPlan(
+        num_layers=6,
+        model_type="llama",
+        removed_layers=first.removed_layers,
+        removed_mlp=tuple(free[:1]),
+        kept_units={free[1]: sorted(data.draw(st.sets(st.integers(0, 9), min_size=3)))},
+    )
+    have = len(first.kept_units[free[1]])
+    keep = sorted(data.draw(st.sets(st.integers(0, have - 1), min_size=1)))
+    second = PruningPlan(
+        num_layers=len(free),
+        model_type="llama",
+        removed_layers=(len(free) - 1,),
+        removed_attention=(1,),
+        kept_units={1: keep} if len(keep) < have else {},
+    )
+    assert first.then(second).since(first) == second
+
+
+def test_since_refuses_what_is_no_part():
+    whole = PruningPlan(num_layers=4, model_type="llama", removed_layers=(1,), kept_units={0: (1, 2)})
+    with pytest.raises(ValueError, match="no part of it"):
+        whole.since(PruningPlan(num_layers=4, model_type="llama", removed_layers=(2,)))
+    with pytest.raises(ValueError, match=r"kept_units\[0\] keeps \[2\]"):
+        whole.since(PruningPlan(num_layers=4, model_type="llama", kept_units={0: (1,)}))

@@ -11,7 +11,7 @@ import torch
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.pruning.surgery import apply_plan, parameter_map
 from tests.tiny import DECODERS, SETTINGS, tiny_batch, tiny_model
 
 OPERATIONS = {
@@ -274,3 +274,27 @@ def test_text_model_inside_a_multimodal_one():
     batch = tiny_batch(pad="left")
     common = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
     assert torch.equal(model.generate(**batch, **common), model.generate(**batch, **common, use_cache=False))
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_the_parameter_map_says_where_every_weight_comes_from(model_type):
+    model = tiny_model(model_type)
+    anatomy = find_anatomy(model)
+    groups = anatomy.sizes(1).num_kv_heads
+    plan = PruningPlan(
+        anatomy.num_layers,
+        anatomy.family.name,
+        removed_layers=(2,),
+        removed_mlp=(3,),
+        kept_groups={1: range(1, groups)},
+        kept_units={0: range(0, 48, 3), 1: range(7)},
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    places = parameter_map(model, plan)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    apply_plan(model, plan)
+    after = dict(model.named_parameters())
+    assert {new for new, _ in places.values()} == set(after)
+    for old, (new, place) in places.items():
+        expected = before[old] if place is None else before[old].flatten()[place]
+        assert torch.equal(after[new], expected), old
