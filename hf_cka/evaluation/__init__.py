@@ -3,7 +3,21 @@
 Everything here measures and describes. Nothing here decides what is good enough, changes a model, or trains one.
 """
 
-from hf_cka.evaluation.blocks import Check, Checks, Heatmap, LayerScores, LayerStack, Strip, Table
+from hf_cka.evaluation.blocks import (
+    Check,
+    Checks,
+    Curve,
+    Curves,
+    Excerpt,
+    Excerpts,
+    Frontier,
+    Heatmap,
+    LayerScores,
+    LayerStack,
+    Point,
+    Strip,
+    Table,
+)
 from hf_cka.evaluation.efficiency import (
     DecodeSpeed,
     MemoryPeak,
@@ -20,9 +34,14 @@ __all__ = [
     "Check",
     "Checks",
     "CompletionLoss",
+    "Curve",
+    "Curves",
     "DecodeSpeed",
     "ExactMatch",
     "Example",
+    "Excerpt",
+    "Excerpts",
+    "Frontier",
     "Heatmap",
     "Highlight",
     "LayerScores",
@@ -30,6 +49,7 @@ __all__ = [
     "MemoryPeak",
     "ParameterCount",
     "Perplexity",
+    "Point",
     "ReportData",
     "Section",
     "Strip",

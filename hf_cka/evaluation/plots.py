@@ -38,7 +38,8 @@ def layer_scores_svg(block: LayerScores, name: str) -> str:
         >>> layer_scores_svg(LayerScores("Scores", (0.3, 0.1), (0,)), "a")[:4]
         '<svg'
     """
-    rows = [("chosen", block.selected), *block.controls.items()]
+    chosen = [("chosen", block.selected)] if block.selected or block.controls else []
+    rows = [*chosen, *block.controls.items()]
     top, bottom = 10, 190
     height = bottom + 22 + _STRIP * len(rows)
     scale = _Scale(block, top, bottom)
@@ -68,7 +69,7 @@ def layer_scores_svg(block: LayerScores, name: str) -> str:
                 f'<rect class="{kind}" x="{x + step * 0.12:.1f}" y="{y + 3}" width="{step * 0.76:.1f}" '
                 'height="9" rx="1.5"/>'
             )
-    return _svg(name, height, block.title, _describe_scores(block), parts)
+    return svg(name, height, block.title, _describe_scores(block), parts)
 
 
 def heatmap_svg(block: Heatmap, name: str) -> str:
@@ -89,6 +90,8 @@ def heatmap_svg(block: Heatmap, name: str) -> str:
     values = [value for row in block.values for value in row if value is not None and math.isfinite(value)]
     low, high = colour_range(values)
     columns, lines = len(block.values[0]), len(block.values)
+    above = block.column_labels or tuple(map(str, range(columns)))
+    beside = block.row_labels or tuple(map(str, range(lines)))
     top = 6
     size = min((WIDTH - _LEFT - _RIGHT) / columns, 340 / lines, _CELL)
     bottom = top + size * lines
@@ -100,18 +103,19 @@ def heatmap_svg(block: Heatmap, name: str) -> str:
             shown = f"{value:.3f}" if defined else "undefined"
             outside = defined and value is not None and value < low
             fill = "" if not defined or outside or value is None else f' fill="{_colour(value, low, high)}"'
+            told = escape(f"{block.rows} {beside[i]}, {block.columns} {above[j]}: {shown}")
             kind = ' class="under"' if outside else "" if defined else ' class="undefined"'
             parts.append(
                 f'<rect{kind}{fill} x="{_LEFT + size * j:.2f}" y="{top + size * i:.2f}" width="{size + 0.3:.2f}" '
-                f'height="{size + 0.3:.2f}"><title>{escape(block.rows)} {i}, {escape(block.columns)} {j}: {shown}'
-                "</title></rect>"
+                f'height="{size + 0.3:.2f}"><title>{told}</title></rect>'
             )
     parts.append("</g>")
-    parts += _layer_ticks(columns, size, bottom + 12)
+    parts += _layer_ticks(columns, size, bottom + 12, labels=above)
     every = _every(lines)
     for i in range(0, lines, every):
         parts.append(
-            f'<text class="tick" x="{_LEFT - 5}" y="{top + size * (i + 0.5) + 3.5:.1f}" text-anchor="end">{i}</text>'
+            f'<text class="tick" x="{_LEFT - 5}" y="{top + size * (i + 0.5) + 3.5:.1f}" text-anchor="end">'
+            f"{escape(beside[i])}</text>"
         )
     parts.append(
         f'<text class="label" transform="translate(10 {(top + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle">'
@@ -126,7 +130,7 @@ def heatmap_svg(block: Heatmap, name: str) -> str:
     parts += _legend(block.label, low, high, below, missing, bottom + 38)
     height = bottom + 66
     described = f"{lines} by {columns} matrix, values from {min(values):.3f} to {max(values):.3f}." if values else ""
-    return _svg(name, height, block.title, described, parts)
+    return svg(name, height, block.title, described, parts)
 
 
 def layer_stack_svg(block: LayerStack, name: str) -> str:
@@ -150,15 +154,17 @@ def layer_stack_svg(block: LayerStack, name: str) -> str:
         parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{y + 11}" text-anchor="end">{kept}</text>')
         for layer in range(strip.num_layers):
             x = _RIGHT + step * layer
-            for part, gone, at in (
-                ("attention", strip.removed_attention, y + 17),
-                ("MLP", strip.removed_mlp, y + 29),
+            for part, gone, shares, at in (
+                ("attention", strip.removed_attention, strip.attention_share, y + 17),
+                ("MLP", strip.removed_mlp, strip.mlp_share, y + 29),
             ):
-                parts.append(_cell(x, at, step, part, layer, layer in gone or layer in strip.removed))
+                removed = layer in gone or layer in strip.removed
+                share = 0.0 if removed else shares[layer] if shares else 1.0
+                parts.append(_cell(x, at, step, part, layer, share))
         parts += _layer_ticks(strip.num_layers, step, y + 51, left=_RIGHT)
     height = top + row_height * len(block.strips)
     described = " ".join(_describe_strip(strip) for strip in block.strips)
-    return _svg(name, height, block.title, described, parts)
+    return svg(name, height, block.title, described, parts)
 
 
 def colour_range(values: Sequence[float]) -> tuple[float, float]:
@@ -201,7 +207,7 @@ class _Scale:
             self.ticks = [(m, f"{m:g}") for m in marks if self.low - 1e-9 <= math.log10(m) <= self.high]
         else:
             self.low, high = min([0.0, *ends]), max([0.0, *ends])
-            step = _nice_step((high - self.low) / 4)
+            step = nice_step((high - self.low) / 4)
             self.high = high + 0.04 * (high - self.low) if high > self.low else self.low + 1.0
             first = math.ceil(self.low / step)
             self.ticks = [(i * step, f"{i * step:g}") for i in range(first, math.floor(self.high / step) + 1)]
@@ -239,14 +245,18 @@ def _score_mark(block: LayerScores, layer: int, score: float | None, x: float, s
     return "".join(out) + "</g>"
 
 
-def _cell(x: float, y: float, step: float, part: str, layer: int, gone: bool) -> str:
+def _cell(x: float, y: float, step: float, part: str, layer: int, share: float) -> str:
     left, width, tall = x + step * 0.1, step * 0.8, 10
-    kind = "gone" if gone else "kept"
+    kind = "gone" if share == 0 else "kept" if share == 1 else "narrow"
+    said = {"gone": "removed", "kept": "kept", "narrow": f"{share:.0%} of its width kept"}[kind]
     out = (
-        f'<g class="{kind}"><title>layer {layer}, {part}: {"removed" if gone else "kept"}</title>'
+        f'<g class="{kind}"><title>layer {layer}, {part}: {said}</title>'
         f'<rect x="{left:.1f}" y="{y}" width="{width:.1f}" height="{tall}" rx="1.5"/>'
     )
-    if gone:
+    if kind == "narrow":
+        high = tall * share
+        out += f'<path d="M{left:.1f} {y + tall}h{width:.1f}v-{high:.1f}h-{width:.1f}z"/>'
+    if kind == "gone":
         out += f'<path d="M{left:.1f} {y}l{width:.1f} {tall}m0 -{tall}l-{width:.1f} {tall}"/>'
     return out + "</g>"
 
@@ -271,9 +281,12 @@ def _legend(label: str, low: float, high: float, below: bool, missing: bool, y: 
     return parts
 
 
-def _layer_ticks(count: int, step: float, y: float, left: float = _LEFT) -> list[str]:
+def _layer_ticks(
+    count: int, step: float, y: float, left: float = _LEFT, labels: Sequence[str] | None = None
+) -> list[str]:
     return [
-        f'<text class="tick" x="{left + step * (i + 0.5):.1f}" y="{y:.1f}" text-anchor="middle">{i}</text>'
+        f'<text class="tick" x="{left + step * (i + 0.5):.1f}" y="{y:.1f}" text-anchor="middle">'
+        f"{escape(labels[i] if labels else str(i))}</text>"
         for i in range(0, count, _every(count))
     ]
 
@@ -282,7 +295,13 @@ def _every(count: int) -> int:
     return next(step for step in (1, 2, 5, 10, 20, 50, count + 1) if count <= 14 * step or step > count)
 
 
-def _nice_step(rough: float) -> float:
+def nice_step(rough: float) -> float:
+    """Return a round step of at least the given size: 1, 2 or 5 times a power of ten.
+
+    Example:
+        >>> nice_step(0.3), nice_step(7)
+        (0.5, 10.0)
+    """
     if rough <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(rough))
@@ -316,10 +335,17 @@ def _describe_strip(strip: Strip) -> str:
         )
         if layers
     ]
-    return f"{strip.name}: {'removed ' + '; '.join(gone) if gone else 'nothing removed'}."
+    narrow = [
+        f"{what} keeps {sum(shares) / len(shares):.0%} of its width"
+        for what, shares in (("attention", strip.attention_share), ("the MLP", strip.mlp_share))
+        if any(0 < share < 1 for share in shares)
+    ]
+    told = [*(["removed " + "; ".join(gone)] if gone else []), *narrow]
+    return f"{strip.name}: {', '.join(told) or 'nothing removed'}."
 
 
-def _svg(name: str, height: float, title: str, described: str, parts: Sequence[str]) -> str:
+def svg(name: str, height: float, title: str, described: str, parts: Sequence[str]) -> str:
+    """Return a chart of the common width with its title and a description in words, for those who cannot see it."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
         f'aria-labelledby="{name}-t {name}-d"><title id="{name}-t">{escape(title)}</title>'

@@ -10,16 +10,23 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import hf_cka
-from hf_cka.evaluation import blocks, plots
-from hf_cka.evaluation.blocks import Block, Cell, Heatmap, LayerScores, LayerStack, Table
+from hf_cka.evaluation import blocks, lines, plots
+from hf_cka.evaluation.blocks import Block, Cell, Curves, Frontier, Heatmap, LayerScores, LayerStack, Table
 
+_CHARTS: dict[type, Callable[[Any, str], str]] = {
+    LayerScores: plots.layer_scores_svg,
+    Heatmap: plots.heatmap_svg,
+    LayerStack: plots.layer_stack_svg,
+    Frontier: lines.frontier_svg,
+    Curves: lines.curves_svg,
+}
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy")
 
 
@@ -54,6 +61,8 @@ class ReportData:
         versions: of the libraries; ``library_versions()`` gives them.
         command: that made this.
         created: date and time, as text.
+        results: what was measured, one mapping of column to value a model, for other programs (model cards).
+        notes: what the results were measured on, in a sentence.
         version: of this format.
 
     Example:
@@ -70,6 +79,8 @@ class ReportData:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     created: str = ""
+    results: tuple[Mapping[str, Cell], ...] = ()
+    notes: str = ""
     version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +98,8 @@ class ReportData:
             "versions": dict(self.versions),
             "command": self.command,
             "created": self.created,
+            "results": [dict(row) for row in self.results],
+            "notes": self.notes,
         }
         return _finite(plain)
 
@@ -107,7 +120,8 @@ class ReportData:
             for s in data["sections"]
         )
         highlights = tuple(Highlight(**highlight) for highlight in data["highlights"])
-        return cls(**{**data, "sections": sections, "highlights": highlights})
+        results = tuple(blocks.numbers(row) for row in data.get("results", ()))
+        return cls(**{**data, "sections": sections, "highlights": highlights, "results": results})
 
 
 def library_versions() -> dict[str, str]:
@@ -179,7 +193,11 @@ def render(data: ReportData) -> str:
     environment.filters["right"] = numeric_columns
     source = resources.files("hf_cka.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        report=data, kind=blocks.kind_of, chart=_chart, hf_cka_version=hf_cka.__version__
+        report=data,
+        kind=blocks.kind_of,
+        text_blocks=blocks.TEXT_BLOCKS,
+        chart=_chart,
+        hf_cka_version=hf_cka.__version__,
     )
 
 
@@ -226,13 +244,9 @@ def numeric_columns(table: Table) -> tuple[bool, ...]:
 def _chart(block: Block, name: str) -> Any:
     import markupsafe  # comes with jinja2
 
-    if isinstance(block, LayerScores):
-        return markupsafe.Markup(plots.layer_scores_svg(block, name))
-    if isinstance(block, Heatmap):
-        return markupsafe.Markup(plots.heatmap_svg(block, name))
-    if isinstance(block, LayerStack):
-        return markupsafe.Markup(plots.layer_stack_svg(block, name))
-    raise TypeError(f"{type(block).__name__} has no chart")
+    if type(block) not in _CHARTS:
+        raise TypeError(f"{type(block).__name__} has no chart")
+    return markupsafe.Markup(_CHARTS[type(block)](block, name))
 
 
 def _finite(value: Any) -> Any:

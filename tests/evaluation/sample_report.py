@@ -7,10 +7,16 @@ import math
 from hf_cka.evaluation import (
     Check,
     Checks,
+    Curve,
+    Curves,
+    Excerpt,
+    Excerpts,
+    Frontier,
     Heatmap,
     Highlight,
     LayerScores,
     LayerStack,
+    Point,
     ReportData,
     Section,
     Strip,
@@ -44,13 +50,46 @@ def sample() -> ReportData:
                         controls={"random": (1, 2), "block influence": (3,)}, note="A note.",
                     ),
                     Heatmap("Similarity", matrix, rows="layer input", columns="layer input"),
+                    Heatmap(
+                        "Dense and pruned", tuple(row[:3] for row in matrix), rows="dense layer",
+                        columns="pruned layer", column_labels=("0", "17", "29"),
+                    ),
                 ),
                 text="Some text.",
             ),
             Section(
                 "Pruning",
                 (
-                    LayerStack("What was removed", (Strip("dense", 30), Strip("pruned", 30, (11, 12), (20,), (25,)))),
+                    LayerStack(
+                        "What was removed",
+                        (
+                            Strip("dense", 30), Strip("pruned", 30, (11, 12), (20,), (25,)),
+                            Strip("narrower", 30, attention_share=(0.67,) * 30, mlp_share=(1.0, 0.2, 0.5) * 10),
+                        ),
+                    ),
+                    Frontier(
+                        "Quality over size",
+                        (
+                            Point("dense", 134515008, 19.5), Point("depth", 120354624, 35.8),
+                            Point("width", 120e6, 25.9), Point("magnitude <all>", 121e6, 172345.0),
+                            Point("width, repaired and recovered", 106e6, 35.0),
+                        ),
+                    ),
+                    Curves(
+                        "Recovery",
+                        (
+                            Curve("training", tuple((i, 3 - 0.02 * i + 0.1 * (i % 5)) for i in range(60))),
+                            Curve("evaluation", ((0, 3.4), (30, 2.6), (59, math.inf))),
+                        ),
+                    ),
+                    Excerpts(
+                        "Where they disagree",
+                        (
+                            Excerpt("A text <b>with</b> a long word " + "z" * 120, {"KL": 1.25, "dense says": " cat"}),
+                            Excerpt("Two\nlines", {"KL": None}),
+                        ),
+                        note="Most first.",
+                    ),
                     Table(
                         "Before and after", ("model", "parameters", "perplexity", "tokens per second", "exact match"),
                         (("dense", 134515008, 19.5019, 31.2, "50 % ± 7"), ("pruned", 120354624, math.inf, None, "0 %")),
@@ -64,4 +103,6 @@ def sample() -> ReportData:
         versions=library_versions(),
         command="hf-cka demo --output out",
         created="today",
+        results=({"model": "dense", "perplexity": 19.5}, {"model": "broken", "perplexity": math.inf}),
+        notes="On one text.",
     )  # fmt: skip

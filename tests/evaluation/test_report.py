@@ -14,7 +14,21 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hf_cka.evaluation import Heatmap, LayerScores, ReportData, Section, Strip, Table, plots, write_report
+from hf_cka.evaluation import (
+    Curve,
+    Curves,
+    Frontier,
+    Heatmap,
+    LayerScores,
+    Point,
+    ReportData,
+    Section,
+    Strip,
+    Table,
+    lines,
+    plots,
+    write_report,
+)
 from hf_cka.evaluation.report import render
 
 pytest.importorskip("jinja2")
@@ -109,7 +123,7 @@ def test_the_page_is_accessible(reader: Reader) -> None:
     assert all(header.get("scope") in ("col", "row") for header in headers)
     named = {attributes["id"] for _, attributes in reader.tags if "id" in attributes}
     charts = reader.all("svg")
-    assert len(charts) == 3
+    assert len(charts) == 6
     for chart in charts:
         assert chart["role"] == "img"
         assert set((chart["aria-labelledby"] or "").split()) <= named
@@ -242,13 +256,43 @@ def test_one_odd_layer_neither_hides_nor_flattens_the_rest() -> None:
         (lambda: LayerScores("s", (0.1, 0.2), (), errors=(0.1,)), "errors has 1 entries, but there are 2 scores"),
         (lambda: Heatmap("h", ()), "rows of one length"),
         (lambda: Heatmap("h", ((1.0,), (1.0, 2.0))), "rows of one length"),
+        (lambda: Heatmap("h", ((1.0, 0.5),), column_labels=("a",)), "column_labels has 1 entries for 2"),
         (lambda: Strip("s", 2, removed=(2,)), "removed names layer 2"),
+        (lambda: Strip("s", 2, mlp_share=(0.5,)), "mlp_share must hold one share"),
+        (lambda: Strip("s", 1, attention_share=(1.5,)), "attention_share must hold one share"),
+        (lambda: Frontier("f", ()), "has no point"),
+        (lambda: Frontier("f", (Point("a", 1.0, float("nan")),)), "'a' is at"),
+        (lambda: Frontier("f", (Point("a", 1.0, 1.0),), better="more"), "better='more'"),
+        (lambda: Curves("c", ()), "has 0 curves"),
+        (lambda: Curves("c", (Curve("loss", ()),)), "'loss' of 'c' has no point"),
         (lambda: Table("t", ("a", "b"), (("x",),)), "Row 0 of 't' has 1 cells for 2 columns"),
     ],
 )
 def test_inconsistent_data_is_refused_when_made(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("values", [(1.0,), (3.0, 3.0), (0.0, -2.0, 5.0), (1e-9, 1e9), (5e9,) * 9])
+def test_odd_lines_can_be_drawn(values: tuple) -> None:
+    points = tuple(Point(f"<model> {i}", 1e8 - i, value) for i, value in enumerate(values))
+    for better in ("lower", "higher"):
+        ElementTree.fromstring(lines.frontier_svg(Frontier("f", points, better=better), "a"))
+    curve = Curve("loss & more", tuple(enumerate(values)))
+    ElementTree.fromstring(lines.curves_svg(Curves("c", (curve,)), "a"))
+
+
+def test_the_frontier_holds_what_nothing_beats() -> None:
+    """Against the definition, on every pair: no other point is at least as good in both and better in one."""
+    spots = [(4, 1), (3, 2), (3, 1.5), (2, 5), (1, 4), (5, 1), (4, 1)]
+    points = tuple(Point(str(i), x, y) for i, (x, y) in enumerate(spots))
+    for sign, better in ((1, "lower"), (-1, "higher")):
+        found = {(p.x, p.y) for p in Frontier("f", points, better=better).best}
+        unbeaten = {
+            (x, y) for x, y in spots
+            if not any(a <= x and sign * b <= sign * y and (a, b) != (x, y) for a, b in spots)
+        }  # fmt: skip
+        assert found == unbeaten
 
 
 def test_an_empty_report_is_a_page() -> None:

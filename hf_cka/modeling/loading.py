@@ -1,0 +1,73 @@
+"""Load any model by name: dense or pruned, from a folder or the Hub, with the head its config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model with the head its config names, and its tokenizer.
+
+    Args:
+        name: a Hub id, or the folder of a saved model.
+        device: as :func:`best_device`.
+        dtype: "auto" (the model's own), "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: for an unknown dtype.
+        FileNotFoundError: for a folder that is not there or holds no model.
+        OSError: if there is no such model on the Hub.
+
+    Example:
+        >>> load_model("./nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: There is no folder './nowhere'; give --model a Hub id or the folder of a saved model.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_cka.modeling.probe import auto_class
+    from hf_cka.modeling.register import register
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}: one of {', '.join(_DTYPES)}.")
+    folder = Path(name).expanduser()
+    if (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {name!r}; give --model a Hub id or the folder of a saved model.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        held = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"The folder {name!r} is no model: it has no config.json (it holds {held}).")
+    register()
+    config = AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or [""])[0]
+    loader = auto_class(architecture)
+    if loader is transformers.AutoModel:
+        loader = getattr(transformers, architecture, loader)  # a head that has no auto class of its own
+    model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return model.to(best_device(device)), AutoTokenizer.from_pretrained(name)
+
+
+def best_device(device: str = "auto") -> torch.device:
+    """Return the named device, or for ``"auto"`` an accelerator if there is one.
+
+    Args:
+        device: "auto", or a device as torch names it ("cpu", "cuda:1", "mps").
+
+    Example:
+        >>> best_device("cpu")
+        device(type='cpu')
+    """
+    import torch
+
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
