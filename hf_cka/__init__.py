@@ -17,9 +17,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CKALoraConfig": "hf_cka.lora",
     "LayerSelection": "hf_cka.selection",
+    "PruningCallback": "hf_cka.training",
     "PruningConfig": "hf_cka.pruning.config",
     "PruningPlan": "hf_cka.pruning.plan",
     "PruningResult": "hf_cka.pruning.pruners",
+    "PruningSchedule": "hf_cka.training",
+    "TrainerPlugin": "hf_cka.training",
     "apply_plan": "hf_cka.pruning.surgery",
     "calibration": "hf_cka.data",
     "cka": "hf_cka.similarity",

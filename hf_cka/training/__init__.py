@@ -9,6 +9,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "PruningCallback": "callback",
+    "PruningSchedule": "schedule",
+    "TrainerPlugin": "plugin",
     "RecoveryConfig": "recovery",
     "finish_recovery": "recovery",
     "prepare_recovery": "recovery",

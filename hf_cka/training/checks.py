@@ -1,0 +1,85 @@
+"""What pruning during training refuses, before the first step, because it would go wrong without a word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from hf_cka.representations import distributed
+
+if TYPE_CHECKING:
+    from hf_cka.training.callback import PruningCallback
+
+# optimizers that hold projections or hooks for the parameters they were made with
+_BOUND_OPTIMIZERS = ("galore", "lomo", "apollo", "layerwise")
+
+
+def check_run(callback: PruningCallback, args: TrainingArguments, model: Any, optimizer: Any) -> None:
+    """Refuse what a structural change would silently break.
+
+    Args:
+        callback: with the settings.
+        args: of the Trainer.
+        model: without wrappers.
+        optimizer: of the Trainer.
+
+    Raises:
+        ValueError: naming the setting, and what to do.
+    """
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end=True would load a checkpoint of another structure into the pruned model, layers "
+            "into the wrong places. Set it to False and load the checkpoint you want with from_pretrained."
+        )
+    if args.deepspeed:
+        raise ValueError(
+            "DeepSpeed partitions parameters and optimizer states, which cannot change during training. Prune first "
+            "(`hf-cka prune`), then train the pruned model with DeepSpeed."
+        )
+    if args.fsdp:
+        raise ValueError(
+            "FSDP has flattened or sharded the parameters, which cannot be cut in place. Prune first (`hf-cka prune`), "
+            "then train the pruned model with FSDP."
+        )
+    name = str(getattr(args.optim, "value", args.optim)).lower()
+    if any(part in name for part in _BOUND_OPTIMIZERS):
+        raise ValueError(
+            f"optim={name!r} holds hooks or projections of the parameters it began with. Use optim='adamw_torch'."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size=True starts training again in a model that may be pruned. Turn it off.")
+    if args.restore_callback_states_from_checkpoint and callback.trainer is not None:
+        raise ValueError("The plugin restores its own state; set restore_callback_states_from_checkpoint=False.")
+    if callback.metric is not None and not (args.eval_on_start and str(args.eval_strategy) != "no"):
+        raise ValueError(
+            f"metric={callback.metric!r} is compared with its value before pruning and during training: set "
+            "eval_on_start=True and eval_strategy='steps' or 'epoch'."
+        )
+    if callback.config.repair is not None and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"repair={callback.config.repair!r} changes the base weights, and checkpoints of adapters do not hold "
+            "those. Use repair=None, or prune before the adapters are added."
+        )
+    if distributed() and callback.trainer is None:
+        raise ValueError(
+            "In several processes the wrapper of the model has to be told as well, which a callback cannot see: use "
+            "TrainerPlugin(...).attach(trainer) instead of callbacks=[PruningCallback(...)]."
+        )
+    if callback.trainer is not None:
+        _check_trainer(callback)
+
+
+def _check_trainer(callback: PruningCallback) -> None:
+    trainer = callback.trainer
+    if trainer.model_init is not None:
+        raise ValueError("model_init makes a new, dense model for every run; pass model= instead.")
+    wrapped = trainer.model_wrapped
+    if isinstance(wrapped, DistributedDataParallel) and wrapped.static_graph:
+        raise ValueError("DDP with static_graph=True cannot see a new structure; set it to False.")
+    averaging = [type(other).__name__ for other in trainer.callback_handler.callbacks if "EMA" in type(other).__name__]
+    if averaging:
+        raise ValueError(
+            f"{averaging[0]} averages the weights of one structure by name. Average after pruning, in a second run."
+        )

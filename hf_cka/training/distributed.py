@@ -1,0 +1,56 @@
+"""What pruning needs from a run of several processes: one decision, and wrappers that know the new parameters."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_cka.representations import distributed
+
+T = TypeVar("T")
+
+
+def first_decides(decision: T) -> T:
+    """Return the first process's decision in all of them; rounding may differ between machines.
+
+    Example:
+        >>> first_decides("layer 3")
+        'layer 3'
+    """
+    if not distributed():
+        return decision
+    box = [decision]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def rebuild_ddp(wrapped: Any) -> None:
+    """Let a `DistributedDataParallel` see the parameters its module has now; anything else is left alone.
+
+    It is initialised anew in place, because the training loop holds on to the object. Without that, its reducer waits
+    for gradients of parameters that are gone.
+
+    Args:
+        wrapped: the model as the Trainer runs it.
+
+    Example:
+        >>> rebuild_ddp(torch.nn.Linear(1, 1))
+    """
+    if not isinstance(wrapped, DistributedDataParallel):
+        return
+    ddp: Any = wrapped
+    settings = {
+        name: getattr(ddp, name)
+        for name in (
+            "device_ids",
+            "output_device",
+            "dim",
+            "broadcast_buffers",
+            "find_unused_parameters",
+            "gradient_as_bucket_view",
+            "process_group",
+        )
+    }
+    ddp.__init__(ddp.module, bucket_cap_mb=ddp.bucket_bytes_cap / 2**20, **settings)
