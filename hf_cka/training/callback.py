@@ -166,7 +166,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         assert self.history is not None
         batches = self._batches(loader)
         share = self.points[self.events_done][1]
-        plan, history = first_decides(prune_further(model, batches, self.history, share))
+        plan, history = prune_further(model, batches, self.history, share)
+        decided = first_decides((plan.to_json(), history.to_json()))
+        plan, history = PruningPlan.from_json(decided[0]), PruningHistory.from_json(decided[1])
         if plan != PruningPlan(plan.num_layers, plan.model_type):
             change_structure(model, plan, optimizer=optimizer, method=self.config.repair, batches=batches)
             if self.trainer is not None:

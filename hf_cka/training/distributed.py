@@ -15,6 +15,9 @@ T = TypeVar("T")
 def first_decides(decision: T) -> T:
     """Return the first process's decision in all of them; rounding may differ between machines.
 
+    Args:
+        decision: something that can be pickled.
+
     Example:
         >>> first_decides("layer 3")
         'layer 3'

@@ -1,0 +1,75 @@
+"""Two processes prune and train as one does: the same plan, the same losses, ranks in step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Dropout is off: it is drawn per process. Gradient checkpointing makes DDP expect every parameter, as under TRL.
+SCRIPT = """
+import json, sys, torch
+from hf_cka import PruningConfig, PruningSchedule, TrainerPlugin
+from tests.tiny import tiny_model
+from tests.training.runs import trainer_for
+
+folder, method, mode, size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+config = {
+    "depth": PruningConfig(method="depth", criterion="cka", num_layers=2, steps=2, pooling="last"),
+    "width": PruningConfig(method="width", criterion="amp", ratio=0.2, repair="least_squares"),
+}[method]
+model = tiny_model("llama", num_hidden_layers=6, num_key_value_heads=4)
+settings = dict(
+    per_device_train_batch_size=size, max_steps=6, save_steps=100, gradient_checkpointing=True, learning_rate=1e-3
+)
+if torch.distributed.is_torchelastic_launched():
+    settings["ddp_backend"] = "gloo"
+plugin = TrainerPlugin(config, PruningSchedule(start=2, end=4, events=2), calibration_samples=8, mode=mode)
+trainer = plugin.attach(trainer_for(model, folder + "/out", **settings))
+trainer.train()
+print("wrapped in", type(trainer.model_wrapped).__name__)
+result = {
+    "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+    "plan": trainer.pruning.plan.to_dict(),
+    "sum": sum(float(p.detach().double().abs().sum()) for p in trainer.model.parameters()),
+    "wrapped": type(trainer.model_wrapped).__name__,
+}
+with open(f"{folder}/rank{trainer.args.process_index}.json", "w") as file:
+    json.dump(result, file)
+"""
+
+
+def launched(folder: Path, method: str, mode: str, processes: int) -> list[dict]:
+    folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    run = [sys.executable]
+    if processes > 1:
+        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*run, str(script), str(folder), method, mode, str(8 // processes)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "mode"), [("depth", "inplace"), ("width", "inplace"), ("depth", "boundary")])
+def test_two_processes_equal_one(method, mode, tmp_path):
+    (one,) = launched(tmp_path / "one", method, mode, 1)
+    two = launched(tmp_path / "two", method, mode, 2)
+    assert two[0]["wrapped"] == "DistributedDataParallel"
+    assert two[0]["plan"] == two[1]["plan"] == one["plan"]
+    assert two[0]["sum"] == two[1]["sum"]
+    assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert two[0]["sum"] == pytest.approx(one["sum"], rel=1e-3)
