@@ -80,6 +80,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.events_done = 0
         self.baseline: float | None = None
         self.stopped = False
+        self.recovers_from = 0  # the training step at which the plugin changed what is trained
         self.points: tuple[tuple[int, float], ...] = ()
 
     # ---- what a checkpoint holds ----
@@ -98,13 +99,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             "events_done": self.events_done,
             "baseline": self.baseline,
             "stopped": self.stopped,
+            "recovers_from": self.recovers_from,
         }
 
     @record.setter
     def record(self, data: Mapping[str, Any]) -> None:
         self.history = None if data["history"] is None else PruningHistory.from_json(data["history"])
         self.events_done, self.baseline = int(data["events_done"]), data["baseline"]
-        self.stopped = bool(data["stopped"])
+        self.stopped, self.recovers_from = bool(data["stopped"]), int(data["recovers_from"])
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -160,6 +162,11 @@ class PruningCallback(TrainerCallback, ExportableState):
     def is_due(self, step: int) -> bool:
         """Whether a pruning step is due at a training step."""
         return not self.stopped and self.events_done < len(self.points) and step >= self.points[self.events_done][0]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no pruning step will come any more."""
+        return self.stopped or self.events_done >= len(self.points)
 
     def prune(self, state: TrainerState, model: Any, optimizer: Any, loader: Any) -> None:
         """Carry out the pruning step that is due."""

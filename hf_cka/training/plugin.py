@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -18,8 +19,13 @@ from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.representations import is_main_process
 from hf_cka.training.callback import BoundaryDueError, PruningCallback
+from hf_cka.training.optimizer import bare_optimizer
+from hf_cka.training.recovery import RecoveryConfig, prepare_recovery
+from hf_cka.training.sampling import training_batches, undisturbed
 from hf_cka.training.schedule import PruningSchedule
 
+# folder beside the checkpoints with the pruned model, where those hold adapters alone
+BASE = "pruned_base"
 #: how the structure is changed -> what that means
 MODES: Mapping[str, str] = {
     "inplace": "between two steps of the running loop",
@@ -37,10 +43,14 @@ class TrainerPlugin:
         calibration_samples: rows of the training set that criteria and repairs look at.
         metric: an evaluation metric that stops pruning when it has become worse...
         max_change: ...by more than this.
-        mode: ``"inplace"``, or ``"boundary"``, which asks nothing of the wrappers around the model.
+        mode: ``"inplace"``, or ``"boundary"``, which asks nothing of the wrappers around the model; by default the
+            second with a recovery and the first without.
+        recovery: what is trained after the last pruning step, by name or as a config: ``"lora"`` (around the pruned
+            model; merge it with `finish_recovery` in the end), ``"cka_lora"``, ``"norms"`` or ``"full"``. By default
+            what was trained before. The learning rate schedule goes on.
 
     Raises:
-        ValueError: for an unknown mode; as :class:`PruningCallback`.
+        ValueError: for an unknown mode or recovery, or a recovery in place; as :class:`PruningCallback`.
 
     Example:
         >>> plugin = TrainerPlugin(PruningConfig(method="depth", criterion="cka", ratio=0.3, steps=4))
@@ -53,10 +63,19 @@ class TrainerPlugin:
     calibration_samples: int = 64
     metric: str | None = None
     max_change: float | None = None
-    mode: str = "inplace"
+    mode: str | None = None
+    recovery: RecoveryConfig | str | None = None
 
     def __post_init__(self) -> None:
-        lookup(MODES, self.mode, "mode of a TrainerPlugin")
+        if isinstance(self.recovery, str):
+            object.__setattr__(self, "recovery", RecoveryConfig(self.recovery))
+        if self.mode is None:
+            object.__setattr__(self, "mode", "boundary" if self.recovery else "inplace")
+        lookup(MODES, str(self.mode), "mode of a TrainerPlugin")
+        if self.recovery and self.mode == "inplace":
+            raise ValueError(
+                "mode='inplace' cannot change what the running loop trains: use mode='boundary' with a recovery."
+            )
         self._callback()
 
     def attach(self, trainer: Any) -> Any:
@@ -77,6 +96,7 @@ class TrainerPlugin:
         callback = self._callback()
         callback.trainer = trainer
         trainer.add_callback(callback)
+        trainer.recovery = self.recovery
         # the class of this one trainer, not of the library
         trainer.__class__ = type(f"Pruning{type(trainer).__name__}", (PruningTrainerMixin, type(trainer)), {})
         return trainer
@@ -102,6 +122,7 @@ class PruningTrainerMixin:
     lr_scheduler: Any
     model_wrapped: Any
     callback_handler: Any
+    recovery: RecoveryConfig | None
 
     @property
     def pruning(self) -> PruningCallback:
@@ -145,10 +166,14 @@ class PruningTrainerMixin:
                     f"{checkpoint.name!r} ({plan}). Make the trainer anew, with the model that training began with."
                 )
             apply_plan(self.model, plan)
+            if self.recovery is not None and state["global_step"] >= record["recovers_from"] > 0:
+                self._resume_recovery(checkpoint.parent / BASE)
 
     def _prune_at_boundary(self) -> Path:
         """Prune the model behind a loop that has ended, and write the checkpoint it ended with anew, pruned."""
         self.pruning.prune(self.state, self.model, self.optimizer, self.callback_handler.train_dataloader)
+        if self.recovery is not None and self.pruning.is_finished:
+            self._start_recovery()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         # written beside the dense one, which it replaces when it is whole
         output_dir, scratch = self.args.output_dir, Path(self.args.output_dir) / ".pruning"
@@ -168,3 +193,46 @@ class PruningTrainerMixin:
         self.optimizer = self.lr_scheduler = None  # made anew over the parameters that are left
         self.model_wrapped = self.model
         return folder
+
+    def _start_recovery(self) -> None:
+        """Change what is trained; what was trained before and still is keeps its state in the optimizer."""
+        assert self.recovery is not None
+        self.pruning.recovers_from = self.state.global_step
+        if is_main_process() and self.recovery.method in ("lora", "cka_lora"):
+            # the checkpoints of a PeftModel hold adapters alone
+            self.model.save_pretrained(Path(self.args.output_dir) / BASE)
+        before = bare_optimizer(self.optimizer).state
+        self._prepare_recovery()
+        self.optimizer = None
+        self.create_optimizer()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in before:
+                    self.optimizer.state[parameter] = before[parameter]
+
+    def _resume_recovery(self, base: Path) -> None:
+        assert self.recovery is not None
+        if self.recovery.method in ("lora", "cka_lora"):
+            if not base.is_dir():
+                raise ValueError(
+                    f"{base.name!r} is missing beside the checkpoints: it holds the pruned model that the adapters "
+                    "were trained on. Without it the run can only start again."
+                )
+            pruned = type(self.model).from_pretrained(base, dtype=self.model.dtype)
+            self.model.load_state_dict(pruned.state_dict())
+        self._prepare_recovery()
+
+    def _prepare_recovery(self) -> None:
+        """The same at the start and on resuming: the draw of LoRA's weights and of the rows depends on seeds alone."""
+        assert self.recovery is not None
+        callback = self.pruning
+        with undisturbed():
+            batches = None
+            if self.recovery.needs_batches:
+                loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+                batches = training_batches(loader, callback.calibration_samples, callback.config.seed)
+            torch.manual_seed(callback.config.seed)
+            self.model = prepare_recovery(self.model, self.recovery, batches)
+        if self.args.gradient_checkpointing and hasattr(self.model, "enable_input_require_grads"):
+            self.model.enable_input_require_grads()
+        self.model_wrapped = self.model

@@ -9,10 +9,11 @@ import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_cka import PruningCallback, PruningConfig, PruningSchedule, TrainerPlugin
 from hf_cka.pruning.width_budgets import WidthSettings
+from hf_cka.training import RecoveryConfig, finish_recovery
 from tests.training.runs import STEPS, assert_same_run, llama, rows, trainer_for, weights
 
 DEPTH = PruningConfig(method="depth", criterion="cka", num_layers=2, steps=2, pooling="last")
@@ -263,6 +264,37 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_the_change(tmp
         trainer.train()
     assert trainer.model.config.intermediate_size == 48
     assert len(trainer.optimizer.optimizer.state) == len(list(trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("recovery", ["norms", "lora", "cka_lora"])
+def test_after_the_last_pruning_step_only_the_recovery_is_trained(recovery, tmp_path):
+    """And a run that is resumed before or after the change equals the uninterrupted one."""
+
+    def start(folder, resume=None):
+        config = RecoveryConfig(recovery, **({} if recovery == "norms" else {"rank": 2}))
+        plugin = TrainerPlugin(WIDTH, PruningSchedule(start=2, end=4, events=2), 8, recovery=config)
+        trainer = plugin.attach(trainer_for(llama(), folder))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trainer = start(tmp_path)
+    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert names
+    assert all(("norm" if recovery == "norms" else "lora_") in name for name in names)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / ("checkpoint-4" if recovery == "norms" else "pruned_base"))
+    frozen = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): p for name, p in weights(trainer).items()
+    }
+    for name, value in saved.named_parameters():
+        assert torch.equal(frozen[name], value) == (recovery != "norms" or "norm" not in name), name
+    for step in (6, 4, 3):
+        for later in range(step + 1, STEPS + 1):
+            shutil.rmtree(tmp_path / f"checkpoint-{later}")
+        assert_same_run(start(tmp_path, resume=True), trainer)
+    merged = finish_recovery(trainer.model)
+    assert isinstance(merged, LlamaForCausalLM)
+    with pytest.raises(ValueError, match="mode='boundary'"):
+        TrainerPlugin(WIDTH, recovery=recovery, mode="inplace")
 
 
 def test_the_record_is_in_the_trainer_state(whole):
