@@ -190,7 +190,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         >>> anatomy.linear_names[:2]
         ('self_attn.q_proj', 'self_attn.k_proj')
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     found: list[Anatomy] = []
     for path, module in model.named_modules():
         if any(path.startswith(f"{a.backbone_path}." if a.backbone_path else "") for a in found):
@@ -234,12 +234,25 @@ def family_of_config(config: Any) -> Family:
     return _variant(lookup(FAMILIES, _family_name(config), "family"), config)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, DDP and PEFT; told by what they have, so that none needs importing."""
+def unwrap(model: nn.Module, keep_adapters: bool = False) -> nn.Module:
+    """Return the model inside `torch.compile`, DDP and PEFT; told by what they have, so that none needs importing.
+
+    Args:
+        model: wrapped or not.
+        keep_adapters: stop at a `PeftModel` instead of returning what is in it.
+
+    Example:
+        >>> from torch import nn
+        >>> linear = nn.Linear(2, 2)
+        >>> unwrap(linear) is linear
+        True
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            if keep_adapters:
+                return model
             model = model.get_base_model()  # type: ignore[operator]
         elif hasattr(model, "module") and hasattr(model, "device_ids"):
             model = model.module  # type: ignore[assignment]

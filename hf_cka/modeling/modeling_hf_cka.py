@@ -8,7 +8,7 @@ are is in the config too (`hf_cka_layout`), so that this file knows no family.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +83,15 @@ def _replace(layer: nn.Module, path: str, module: nn.Module) -> None:
     setattr(part(layer, parent) if parent else layer, name, module)
 
 
-def _keep(module: nn.Module, index: torch.Tensor, outputs: bool, transposed: bool) -> None:
-    """Keep the given outputs (or inputs) of a projection or a norm, as new parameters."""
+def keep(module: Any, index: torch.Tensor, outputs: bool, transposed: bool) -> None:
+    """Keep the given outputs (or inputs) of a projection or a norm, as new parameters.
+
+    Args:
+        module: changed in place.
+        index: which outputs or inputs stay, ascending.
+        outputs: whether these are outputs.
+        transposed: whether weights are stored as (in, out).
+    """
     for name in ("weight", "bias"):
         old = getattr(module, name, None)
         if old is None or (name == "bias" and not outputs):
@@ -103,7 +110,14 @@ def _span(units: Sequence[int], width: int, start: int = 0) -> torch.Tensor:
     return (start + blocks[:, None] * width + torch.arange(width, device="cpu")[None, :]).reshape(-1)
 
 
-def keep_groups(layer: nn.Module, layout: Mapping[str, Any], groups: Sequence[int], heads: int, kv_heads: int) -> None:
+def keep_groups(
+    layer: nn.Module,
+    layout: Mapping[str, Any],
+    groups: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    cut: Callable[..., None] = keep,
+) -> None:
     """Keep the given KV groups of a layer: each key/value head with the query heads that read it.
 
     Args:
@@ -112,6 +126,7 @@ def keep_groups(layer: nn.Module, layout: Mapping[str, Any], groups: Sequence[in
         groups: indices of the KV groups to keep, ascending.
         heads: query heads the layer has now.
         kv_heads: key/value heads the layer has now.
+        cut: narrows one module, with whatever is attached to it.
     """
     projections, transposed = layout["projections"], layout["transposed"]
     output = part(layer, projections["o"])
@@ -120,22 +135,22 @@ def keep_groups(layer: nn.Module, layout: Mapping[str, Any], groups: Sequence[in
     query, key = _span(groups, per_group * head_dim), _span(groups, head_dim)
     if layout["qkv_layout"] == "split":
         for role, rows in (("q", query), ("k", key), ("v", key)):
-            _keep(part(layer, projections[role]), rows, True, transposed)
+            cut(part(layer, projections[role]), rows, True, transposed)
     else:
         if layout["qkv_layout"] == "interleaved":
             rows = _span(groups, 3 * head_dim)
         else:
             starts = (heads * head_dim, (heads + kv_heads) * head_dim)
             rows = torch.cat([query, *(_span(groups, head_dim, start) for start in starts)])
-        _keep(part(layer, projections["qkv"]), rows, True, transposed)
-    _keep(output, query, False, transposed)
+        cut(part(layer, projections["qkv"]), rows, True, transposed)
+    cut(output, query, False, transposed)
     for path in layout["position_projections"]:
         if (module := part(layer, path)) is not None:
-            _keep(module, query, True, transposed)
+            cut(module, query, True, transposed)
     if layout["norm_scope"] == "all":
         for path, rows in zip(layout["query_key_norms"], (query, key), strict=True):
             if (module := part(layer, path)) is not None:
-                _keep(module, rows, True, False)
+                cut(module, rows, True, False)
     core = part(layer, layout["attention_core"])
     left = len(groups)
     sizes = {
@@ -163,13 +178,16 @@ def own_config(layer: nn.Module, layout: Mapping[str, Any], heads: int, kv_heads
         core.config = LayerConfig(shared, **{layout["heads"]: heads, layout["kv_heads"]: kv_heads})
 
 
-def keep_units(layer: nn.Module, layout: Mapping[str, Any], units: Sequence[int]) -> None:
+def keep_units(
+    layer: nn.Module, layout: Mapping[str, Any], units: Sequence[int], cut: Callable[..., None] = keep
+) -> None:
     """Keep the given units of a layer's MLP.
 
     Args:
         layer: the layer, changed in place.
         layout: the entry of its family, as plain data.
         units: indices of the units to keep, ascending.
+        cut: narrows one module, with whatever is attached to it.
     """
     projections, transposed = layout["projections"], layout["transposed"]
     index = _span(units, 1)
@@ -177,10 +195,10 @@ def keep_units(layer: nn.Module, layout: Mapping[str, Any], units: Sequence[int]
     width = down.weight.shape[0 if transposed else 1]
     for role in ("gate", "up"):
         if role in projections:
-            _keep(part(layer, projections[role]), index, True, transposed)
+            cut(part(layer, projections[role]), index, True, transposed)
     if "gate_up" in projections:
-        _keep(part(layer, projections["gate_up"]), torch.cat([index, index + width]), True, transposed)
-    _keep(down, index, False, transposed)
+        cut(part(layer, projections["gate_up"]), torch.cat([index, index + width]), True, transposed)
+    cut(down, index, False, transposed)
     if layout["mlp"] and hasattr(part(layer, layout["mlp"]), "intermediate_size"):
         part(layer, layout["mlp"]).intermediate_size = len(index)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, Family, LayerSizes, find_anatomy
+from hf_cka.pruning.adapters import own_parameters
 from hf_cka.pruning.plan import PruningPlan, family_and_config
 
 if TYPE_CHECKING:
@@ -110,12 +111,14 @@ class CostTable:
         whole: Any = anatomy.model
         sizes = [anatomy.sizes(i) for i in range(anatomy.num_layers)]
         self.layers = [_layer_cost(layer, anatomy, sizes[i], i) for i, layer in enumerate(anatomy.layers)]
-        self.total = sum(p.numel() for p in whole.parameters())
+        self.total = sum(p.numel() for p in own_parameters(whole))
         head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
         self.head = 0 if head is None else head.weight.numel()
-        embeddings = {id(p): p.numel() for m in whole.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        embeddings = {
+            id(p): p.numel() for m in whole.modules() if isinstance(m, nn.Embedding) for p in own_parameters(m)
+        }
         if head is not None:
-            embeddings |= {id(p): p.numel() for p in head.parameters()}
+            embeddings |= {id(p): p.numel() for p in own_parameters(head)}
         self.embeddings = sum(embeddings.values())
         dtype = getattr(anatomy.config, "dtype", None) or next(whole.parameters()).dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -212,7 +215,7 @@ def _layer_cost(layer: nn.Module, anatomy: Anatomy, sizes: LayerSizes, index: in
     if "o" in roles:
         extra = family.position_projections + (family.query_key_norms if family.norm_scope == "all" else ())
         per_group += sum(_parameters_under(layer, extra).values()) // sizes.num_kv_heads
-    total = sum(p.numel() for p in layer.parameters())
+    total = sum(p.numel() for p in own_parameters(layer))
     own, units = sum(attention.values()), sum(mlp.values())
     return _LayerCost(
         per_group=per_group,
@@ -234,7 +237,7 @@ def _parameters_under(layer: nn.Module, paths: tuple[str, ...]) -> dict[int, int
     from hf_cka.modeling.modeling_hf_cka import part
 
     modules = [module for path in paths if (module := part(layer, path)) is not None]
-    return {id(p): p.numel() for module in modules for p in module.parameters()}
+    return {id(p): p.numel() for module in modules for p in own_parameters(module)}
 
 
 def _on_meta(config: Any) -> Anatomy:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.anatomy.model import unwrap
 from hf_cka.data import Batch
+from hf_cka.pruning.adapters import adapter_configs
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import check_usable
@@ -62,7 +64,7 @@ def prune(
     The search works on a copy that shares the weights, so an interrupted run leaves the model as it was.
 
     Args:
-        model: any supported model without adapters; on one device, or spread by a ``device_map``.
+        model: any supported model, with LoRA adapters or without; on one device, or spread by a ``device_map``.
         batches: calibration data, model-ready dicts; read once. Criteria that need none take ``[]``. In a distributed
             run each process may pass its own part, and all of them remove the same.
         config: what to prune and how.
@@ -118,7 +120,7 @@ def prune(
         on_step=on_step,
         tune=tune,
     )
-    # what surgery refuses (adapters, for one), it refuses now and not after minutes of scoring
+    # what surgery refuses (some adapters, for one), it refuses now and not after minutes of scoring
     apply_plan(sharing_copy(anatomy.model), run.plan)
     if history.steps:
         run.apply(history.steps[-1].plan)
@@ -126,7 +128,7 @@ def prune(
             if on_step is not None:
                 on_step(step)
     PRUNERS[config.pruner](run)
-    return PruningResult(_finished(anatomy.model, run, inplace), run.plan, run.history)
+    return PruningResult(_finished(unwrap(model, keep_adapters=True), run, inplace), run.plan, run.history)
 
 
 def start_history(model: nn.Module, batches: Iterable[Batch], config: PruningConfig) -> PruningHistory:
@@ -226,7 +228,7 @@ def _of_all_processes(batches: list[Batch]) -> list[Batch]:
 
 def _finished(model: nn.Module, run: Run, inplace: bool) -> nn.Module:
     """The pruned model with weights of its own, or the given one pruned."""
-    if run.config.repair is None and not inplace:
+    if run.config.repair is None and not inplace and not adapter_configs(run.model):
         return copy.deepcopy(run.model)
     target = model if inplace else copy.deepcopy(sharing_copy(model))
     if run.config.repair is not None:

@@ -11,18 +11,19 @@ from torch import nn
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.modeling.structure import check_renumbering
+from hf_cka.pruning.adapters import own_parameters
 from hf_cka.pruning.criteria.base import Kind, Structure
 from hf_cka.pruning.plan import PruningPlan
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the parameters of a model, embeddings included; tied ones count once.
+    """Return the parameters of a model, embeddings included and adapters left out; tied ones count once.
 
     Example:
         >>> num_parameters(nn.Linear(3, 2))
         8
     """
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in own_parameters(model))
 
 
 class Removable:
@@ -99,7 +100,7 @@ class Removable:
         gone: dict[int, int] = {}
 
         def add(module: nn.Module) -> None:
-            gone.update({id(p): p.numel() for p in module.parameters()})
+            gone.update({id(p): p.numel() for p in own_parameters(module)})
 
         for index in plan.removed_layers:
             add(self.anatomy.layer(index))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
 from hf_cka.lookup import lookup
+from hf_cka.pruning.adapters import added_weight
 from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, stream_inputs
 from hf_cka.pruning.normal_equations import Fit, NormalEquations
 from hf_cka.pruning.plan import PruningPlan
@@ -179,7 +180,7 @@ def mean_shift(
             f"mean_shift needs a bias in a projection that the plan cuts, and {anatomy.family.name!r} has none there. "
             "Use 'least_squares'."
         )
-    matrices = {key: _columns(anatomy, *key)[:, index].double().cpu() for key, index in gone.items()}
+    matrices = {key: _given(anatomy, *key)[:, index].double().cpu() for key, index in gone.items()}
     statistics: dict[tuple[int, str], list[Any]] = {key: [0.0, 0.0, 0.0] for key in gone}
 
     def consume(layer: int, role: str, tokens: Tokens) -> None:
@@ -255,7 +256,8 @@ def linear_map(
             weight = _columns(anatomy, layer, "down")
             bias = _bias(anatomy, layer, "down")
             with torch.no_grad():
-                weight += (correction.T.to(weight.device) @ weight.double()).to(weight)
+                given = _given(anatomy, layer, "down").double()
+                weight += (correction.T.to(weight.device) @ given).to(weight)
                 if bias is not None:
                     bias += (bias.double() @ correction.to(bias.device)).to(bias)
             done.append(_repaired(layer, "down", fit))
@@ -277,7 +279,7 @@ def _dense_least_squares(
     def consume(layer: int, role: str, tokens: Tokens) -> None:
         key, device = (layer, role), tokens.values.device
         if key in gone:
-            lost = _columns(anatomy, *key)[:, gone[key].to(device)].to(tokens.values)
+            lost = _given(anatomy, *key)[:, gone[key].to(device)].to(tokens.values)
             given = tokens.values[:, gone[key].to(device)] @ lost.T
             stays = kept[key]
             assert stays is not None
@@ -341,6 +343,15 @@ def _columns(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
     """The weight itself as (out_features, in_features), to be changed in place."""
     weight: Any = _module(anatomy, layer, role).weight
     return weight.detach().T if anatomy.family.transposed else weight.detach()
+
+
+def _given(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
+    """What a projection computes with, as (out_features, in_features): its weight and what adapters add to it."""
+    added = added_weight(_module(anatomy, layer, role))
+    weight = _columns(anatomy, layer, role)
+    if added is None:
+        return weight
+    return weight + (added.T if anatomy.family.transposed else added).to(weight)
 
 
 def _bias(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor | None:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, LayerSizes, find_anatomy
+from hf_cka.anatomy.model import unwrap
+from hf_cka.pruning.adapters import adapter_configs, check_adapters, keep_adapted, own_parameters, rename_targets
 from hf_cka.pruning.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -29,16 +31,19 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     The result equals the dense model with the same parts zeroed, except for OLMo2's query and key norms, which span
     all heads: their mean square is over the heads that are left.
 
+    LoRA adapters that the model carries are pruned with it, the same rows and columns, and their configs name the new
+    layers: `save_pretrained` of the `PeftModel` writes an adapter for the pruned model.
+
     Args:
-        model: a `PreTrainedModel` with any head, without adapters.
+        model: a `PreTrainedModel` with any head, with or without LoRA adapters, or the `PeftModel` around it.
         plan: what to remove.
 
     Returns:
-        The same model.
+        The same model, with its adapters, without DDP and `torch.compile`.
 
     Raises:
-        ValueError: if the plan does not fit, or the model holds adapters, or has quantized projections that would
-            have to be cut; before anything is changed.
+        ValueError: if the plan does not fit, or the model holds adapters that cannot follow, or has quantized
+            projections that would have to be cut; before anything is changed.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,9 +60,9 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     from hf_cka.modeling.structure import reshaped_config
 
     anatomy = find_anatomy(model)
-    model = anatomy.model
-    _refuse_adapters(model)
+    given, model = unwrap(model, keep_adapters=True), anatomy.model
     shapes = plan.shapes(anatomy)
+    check_adapters(anatomy, plan)
     _refuse_packed(anatomy, plan)
     new = reshaped_config(anatomy.family, anatomy.config, shapes)
     if hasattr(new, "base_model_type") and anatomy.config is not model.config:
@@ -86,14 +91,16 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     anatomy.config.pruning["parameters_after"] = _num_parameters(model)
     stock = getattr(type(model), "stock_class", type(model))
     code.become(model, code.model_class(stock) if hasattr(new, "base_model_type") else stock)
-    return model
+    if adapter_configs(model):
+        rename_targets(given, find_anatomy(model), tuple(shape.source for shape in shapes))
+    return given
 
 
 def parameter_map(model: Any, plan: PruningPlan) -> dict[str, tuple[str, torch.Tensor | None]]:
     """Return what becomes of every parameter that outlives a plan, for whoever holds something per parameter.
 
     Args:
-        model: the model before `apply_plan`, which is not changed.
+        model: the model before `apply_plan`, which is not changed; of a `PeftModel` the adapters' parameters too.
         plan: what will be removed.
 
     Returns:
@@ -154,9 +161,11 @@ def _cut(
         if which not in skipped:
             code.skip_sublayer(layer, layout, which)
     if shape.source in plan.kept_groups and "attention" not in shape.skip:
-        code.keep_groups(layer, layout, plan.kept_groups[shape.source], sizes.num_heads, sizes.num_kv_heads)
+        code.keep_groups(
+            layer, layout, plan.kept_groups[shape.source], sizes.num_heads, sizes.num_kv_heads, keep_adapted
+        )
     if shape.source in plan.kept_units and "mlp" not in shape.skip:
-        code.keep_units(layer, layout, plan.kept_units[shape.source])
+        code.keep_units(layer, layout, plan.kept_units[shape.source], keep_adapted)
 
 
 def _renumber(layer: nn.Module, index: int) -> None:
@@ -175,8 +184,8 @@ def _set_layers(anatomy: Anatomy, layers: list[nn.Module]) -> None:
 
 
 def _num_parameters(model: nn.Module) -> int:
-    """Parameters of the model; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters of the model, its adapters left out; tied ones count once."""
+    return sum(p.numel() for p in own_parameters(model))
 
 
 def _record(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
@@ -198,14 +207,6 @@ def _record(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
         "widths_before": widths,
         "parameters_before": old.get("parameters_before", _num_parameters(anatomy.model)),
     }
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "The model holds adapters, whose layers would not follow the surgery. Merge them first "
-            "(`model = peft_model.merge_and_unload()`) or drop them (`peft_model.unload()`)."
-        )
 
 
 def _refuse_packed(anatomy: Anatomy, plan: PruningPlan) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.pruning.adapters import own_parameters
 
 _MLP = ("gate", "up", "gate_up", "down")
 
@@ -143,8 +144,8 @@ def layer_parameters(source: Any) -> ModelParameters:
     anatomy = source if isinstance(source, Anatomy) else find_anatomy(_model_of(source))
     layers = tuple(_layer(anatomy, i) for i in range(anatomy.num_layers))
     sizes = [anatomy.sizes(i) for i in range(anatomy.num_layers)]
-    inside = {id(p) for layer in anatomy.layers for p in layer.parameters()}
-    other = sum(p.numel() for p in anatomy.model.parameters() if id(p) not in inside)
+    inside = {id(p) for layer in anatomy.layers for p in own_parameters(layer)}
+    other = sum(p.numel() for p in own_parameters(anatomy.model) if id(p) not in inside)
     return ModelParameters(
         layers, WidthSizes(tuple(s.num_kv_heads for s in sizes), tuple(s.intermediate_size for s in sizes)), other
     )
@@ -193,9 +194,9 @@ def _layer(anatomy: Anatomy, index: int) -> LayerParameters:
                 module = _get(layer, path)
                 if module is not None:
                     counted.append(module)
-                    group += heads * sizes.head_dim * len(list(module.parameters()))
-    within = {id(p) for module in counted for p in module.parameters()}
-    fixed = sum(p.numel() for p in layer.parameters() if id(p) not in within)
+                    group += heads * sizes.head_dim * len(list(own_parameters(module)))
+    within = {id(p) for module in counted for p in own_parameters(module)}
+    fixed = sum(p.numel() for p in own_parameters(layer) if id(p) not in within)
     for role, path in anatomy.projections(index).items():
         bias = getattr(layer.get_submodule(path), "bias", None)
         fixed += bias.numel() if role in ("o", "down") and bias is not None else 0

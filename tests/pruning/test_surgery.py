@@ -213,15 +213,6 @@ def test_tied_weights_stay_tied_and_gradients_keep_their_switch():
     assert model.model.layers[0].mlp.down_proj.in_features == 5
 
 
-def test_a_model_with_adapters_is_refused():
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(ValueError, match=r"holds adapters.*merge_and_unload"):
-        apply_plan(model, make_plan("llama", "layers"))
-    apply_plan(model.merge_and_unload(), make_plan("llama", "layers"))
-
-
 def test_packed_weights_can_lose_layers_but_not_units():
     model = tiny_model("llama")
     for layer in model.model.layers:

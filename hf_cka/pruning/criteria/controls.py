@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_cka.data import Batch
+from hf_cka.pruning.adapters import added_weight
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure
 from hf_cka.representations import check_runnable, evaluating, token_mask
 
@@ -30,8 +32,8 @@ def score_magnitude(context: ScoringContext, structures: Sequence[Structure]) ->
     """
     importance = []
     for structure in structures:
-        weights = _weights(context, structure)
-        total = sum(float(w.detach().abs().sum(dtype=torch.float64)) for w in weights)
+        weights = [_effective(module) for module in _projections(context, structure)]
+        total = sum(float(w.abs().sum(dtype=torch.float64)) for w in weights)
         importance.append(total / sum(w.numel() for w in weights))
     return DepthScores(tuple(structures), tuple(importance))
 
@@ -47,8 +49,10 @@ def score_taylor(context: ScoringContext, structures: Sequence[Structure]) -> De
 
     Source: Taylor+ of Shortened LLaMA, arXiv 2402.02834; LLM-Pruner, arXiv 2305.11627.
     """
-    per_structure = [_weights(context, s) for s in structures]
-    weights = list({id(w): w for group in per_structure for w in group}.values())
+    per_structure = [_projections(context, s) for s in structures]
+    modules = list({id(m): m for group in per_structure for m in group}.values())
+    # a gradient of the weight is also that of the weight with what an adapter adds to it
+    weights = [m.weight for m in modules]
     check_runnable(context.model)
     gradients = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
     bar = tqdm(context.batches, desc="taylor", unit="batch", disable=not context.progress, delay=2)
@@ -58,9 +62,10 @@ def score_taylor(context: ScoringContext, structures: Sequence[Structure]) -> De
             for total, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
                 total += gradient
     salience = {
-        id(w): float((w.detach() * g).abs().sum(dtype=torch.float64)) for w, g in zip(weights, gradients, strict=True)
+        id(m): float((_effective(m) * g).abs().sum(dtype=torch.float64))
+        for m, g in zip(modules, gradients, strict=True)
     }
-    return DepthScores(tuple(structures), tuple(sum(salience[id(w)] for w in group) for group in per_structure))
+    return DepthScores(tuple(structures), tuple(sum(salience[id(m)] for m in group) for group in per_structure))
 
 
 def score_last(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
@@ -85,20 +90,27 @@ def score_random(context: ScoringContext, structures: Sequence[Structure]) -> De
     return DepthScores(tuple(structures), tuple(draw.tolist()))
 
 
-def _weights(context: ScoringContext, structure: Structure) -> list[torch.Tensor]:
-    """The weights of a structure's projections."""
+def _effective(module: Any) -> torch.Tensor:
+    """The weight that a projection computes with, what adapters add included."""
+    added = added_weight(module)
+    return module.weight.detach() if added is None else module.weight.detach() + added
+
+
+def _projections(context: ScoringContext, structure: Structure) -> list[Any]:
+    """A structure's projections, whose weights are there to be read."""
     found = []
     for index in structure.layers:
         for role, path in context.anatomy.projections(index).items():
             in_attention = role in _ATTENTION_ROLES
             if structure.kind == "layer" or (structure.kind == "attention") == in_attention:
-                weight = context.anatomy.layer(index).get_submodule(path).weight
+                module: Any = context.anatomy.layer(index).get_submodule(path)
+                weight = module.weight
                 if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
                     raise ValueError(
                         f"{context.anatomy.layer_name(index)}.{path} has a quantized or offloaded weight, whose values "
                         "cannot be read. Load the model without quantization and offloading, or use 'cka'."
                     )
-                found.append(weight)
+                found.append(module)
     return found
 
 

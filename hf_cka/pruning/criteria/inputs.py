@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
+from hf_cka.pruning.adapters import added_weight
 from hf_cka.representations import check_runnable, evaluating, forward, token_mask
 
 #: The two projections whose inputs are heads and units.
@@ -89,6 +90,8 @@ def output_projections(anatomy: Anatomy) -> Iterator[tuple[int, str, nn.Module]]
 def weight_matrix(anatomy: Anatomy, layer: int, role: str, in_features: int | None = None) -> torch.Tensor:
     """Return a projection's weight as ``(out_features, in_features)``, float32 at least, however it is stored.
 
+    With adapters it is the weight the model computes with: its own plus what the active adapters add.
+
     ``Conv1D`` stores the transpose. A quantized module does not show its weight at all: there the identity goes
     through the module, which gives the weight it really computes with.
 
@@ -107,9 +110,10 @@ def weight_matrix(anatomy: Anatomy, layer: int, role: str, in_features: int | No
     """
     module = anatomy.layer(layer).get_submodule(anatomy.projections(layer)[role])
     width = in_features if in_features is not None else anatomy.config.hidden_size
-    weight = getattr(module, "weight", None)
+    weight, added = getattr(module, "weight", None), added_weight(module)
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.ndim == 2:
-        matrix = weight.detach().T if anatomy.family.transposed else weight.detach()
+        weight = weight.detach() if added is None else weight.detach() + added.to(weight)
+        matrix = weight.T if anatomy.family.transposed else weight
         if matrix.shape[1] == width:
             return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     reference = next(anatomy.embedding.parameters())
