@@ -57,7 +57,7 @@ def check_run(callback: PruningCallback, args: TrainingArguments, model: Any, op
             f"metric={callback.metric!r} is compared with its value before pruning and during training: set "
             "eval_on_start=True and eval_strategy='steps' or 'epoch'."
         )
-    if callback.config.repair is not None and hasattr(model, "peft_config"):
+    if callback.config.repair is not None and hasattr(model, "peft_config") and not callback.recovers_from:
         raise ValueError(
             f"repair={callback.config.repair!r} changes the base weights, and checkpoints of adapters do not hold "
             "those. Use repair=None, or prune before the adapters are added."
