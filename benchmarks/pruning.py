@@ -21,7 +21,7 @@ import torch
 
 from hf_cka.cli.demo_assets import load_demo_model
 from hf_cka.data import public_name
-from hf_cka.evaluation import count_parameters, decode_speed, peak_memory, perplexity
+from hf_cka.evaluation import count_parameters, decode_speed, multiple_choice, peak_memory, perplexity
 from hf_cka.lookup import lookup
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.pruners import prune
@@ -99,25 +99,6 @@ TEXTS = ("WikiText-2", "TinyStories")
 QUESTIONS = {"ARC-Easy": "arc_easy_test_a.jsonl", "PIQA": "piqa_valid_a.jsonl"}
 
 
-def accuracy(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> float:
-    """Return the share of questions whose right choice has the highest likelihood per byte."""
-    right = 0
-    for item in items:
-        prompt = f"Question: {item['question']}\nAnswer:"
-        start = len(tokenizer(prompt)["input_ids"])
-        rows = [tokenizer(f"{prompt} {choice}")["input_ids"] for choice in item["choices"]]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # after the text: causal, so unseen
-        with torch.inference_mode():
-            scores = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1].float().log_softmax(dim=-1)
-        totals = []
-        for row, score, choice in zip(rows, scores, item["choices"], strict=True):
-            targets = torch.tensor(row[start:])
-            totals.append(float(score[: len(targets)].gather(1, targets.unsqueeze(1)).sum()) / len(choice.encode()))
-        right += max(range(len(totals)), key=totals.__getitem__) == item["gold"]
-    return right / len(items)
-
-
 def measure(
     row: dict[str, Any], model: Any, dense: Any, tokenizer: Any, data: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -128,7 +109,7 @@ def measure(
             row[name] = perplexity(model, None, data[name], context=512, batch_size=2, progress=False).value
     if row.get("items", 0) < options.items:
         for name in QUESTIONS:
-            row[name] = accuracy(model, tokenizer, data[name])
+            row[name] = multiple_choice(model, tokenizer, data[name], progress=False).accuracy_bytes
         row["items"] = options.items
     # dense and pruned alternate, so that a shared machine's drift hits both
     speeds = []

@@ -27,6 +27,7 @@ from hf_cka.evaluation.efficiency import (
     peak_memory,
 )
 from hf_cka.evaluation.language import Perplexity, perplexity
+from hf_cka.evaluation.multiple_choice import MultipleChoice, ScoredItem, multiple_choice
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions, write_report
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, Example, completion_loss, exact_match
 
@@ -47,10 +48,12 @@ __all__ = [
     "LayerScores",
     "LayerStack",
     "MemoryPeak",
+    "MultipleChoice",
     "ParameterCount",
     "Perplexity",
     "Point",
     "ReportData",
+    "ScoredItem",
     "Section",
     "Strip",
     "Table",
@@ -59,6 +62,7 @@ __all__ = [
     "decode_speed",
     "exact_match",
     "library_versions",
+    "multiple_choice",
     "peak_memory",
     "perplexity",
     "write_report",

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from hf_cka.data import pad
-from hf_cka.evaluation.running import check_causal, context_limit, input_device, measuring
+from hf_cka.evaluation.running import check_causal, context_limit, filler_id, input_device, measuring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def completion_loss(
     with measuring(model), bar:
         for at in range(0, len(encoded), batch_size):
             batch = encoded[at : at + batch_size]
-            ids, mask = pad([full for full, _ in batch], _pad_id(tokenizer), "right")
+            ids, mask = pad([full for full, _ in batch], filler_id(tokenizer), "right")
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             for row, (full, start) in enumerate(batch):
                 predicted = logits[row, start - 1 : len(full) - 1].float()
@@ -161,7 +161,7 @@ def exact_match(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     prompts = [_prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    device, pad_id, ends = input_device(model), _pad_id(tokenizer), _end_ids(model, tokenizer)
+    device, pad_id, ends = input_device(model), filler_id(tokenizer), _end_ids(model, tokenizer)
     examples: list[Example] = []
     bar = tqdm(total=len(rows), desc="exact match", unit="row", disable=not progress, delay=2)
     with measuring(model), bar:
@@ -228,12 +228,6 @@ def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
 
 def _text(content: Any) -> str:
     return content if isinstance(content, str) else "\n".join(message["content"] for message in content)
-
-
-def _pad_id(tokenizer: Any) -> int:
-    # Any token will do: padding is masked, and what follows an end token is cut off.
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> set[int]:

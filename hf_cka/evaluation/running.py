@@ -62,3 +62,9 @@ def context_limit(model: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     return int(limit) if limit else None
+
+
+def filler_id(tokenizer: Any) -> int:
+    """Return a token to pad with, where padding is masked or cut off: the pad token, the end token, or 0."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in candidates if token is not None))
