@@ -10,6 +10,7 @@ import typer
 
 import hf_cka
 from hf_cka.cli.card import card_command
+from hf_cka.cli.compare import compare_command
 from hf_cka.cli.demo import demo_command
 from hf_cka.cli.prune import prune_command
 from hf_cka.cli.push import push_command
@@ -68,6 +69,7 @@ for _name, _command in (
     ("select", select_command),
     ("prune", prune_command),
     ("verify", verify_command),
+    ("compare", compare_command),
     ("card", card_command),
     ("push", push_command),
     ("demo", demo_command),

@@ -22,6 +22,9 @@ def card_command(
     results: Annotated[
         Path | None, typer.Option(help='JSON file with measured rows: [{"model": "dense", "perplexity": 19.5}].')
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="The report.json of hf-cka compare, instead of --results.")
+    ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub id of data that was used; may be repeated.")] = None,
     limit: Annotated[list[str] | None, typer.Option(help="A sentence on a limit; may be repeated.")] = None,
     repo: Annotated[str | None, typer.Option(help="Repository it is for (user/name), named in the examples.")] = None,
@@ -29,12 +32,20 @@ def card_command(
 ) -> None:
     """Write the model card of a pruned checkpoint, or update the one that is there.
 
-    Example: hf-cka card --model pruned --license apache-2.0 --results results.json
+    Example: hf-cka card --model pruned --license apache-2.0 --report comparison/report.json
     """
     from hf_cka.hub import model_card
 
+    if report is not None and results is not None:
+        raise ValueError("Both --report and --results were given; the card has one table, so give one of them.")
     card = model_card(
-        model, base_model=base_model, license=license, results=results, datasets=dataset, limits=limit, repo_id=repo
+        model,
+        base_model=base_model,
+        license=license,
+        results=report or results,
+        datasets=dataset,
+        limits=limit,
+        repo_id=repo,
     )
     target = model / "README.md"
     card.save(target)

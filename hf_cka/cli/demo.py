@@ -68,6 +68,7 @@ def run_demo(
     from hf_cka.cli.demo_tasks import documentation_texts, record_rows
     from hf_cka.data import calibration
     from hf_cka.evaluation import write_report
+    from hf_cka.evaluation.report import table_text
     from hf_cka.representations import collect
     from hf_cka.selection import select_layers
     from hf_cka.similarity import pairwise_similarity
@@ -106,7 +107,7 @@ def run_demo(
     for name, choice in choices.items():
         say(f"training LoRA in {name}")
         adapted.append(steps.adapt(name, choice, model, tokenizer, train, heldout, budget, seed=seed))
-    show(demo_report.table_text(demo_report.adapted_table(adapted)))
+    show(table_text(demo_report.adapted_table(adapted)))
 
     say(f"removing {budget.pruned_layers} layers by leave-one-out CKA, and as many at random")
     heldout_text = "\n\n".join(documentation_texts("heldout", seed=seed))
@@ -114,7 +115,7 @@ def run_demo(
         texts, tokenizer, budget.pruning_samples, budget.pruning_tokens, seed, source="pydoc topics"
     )
     result, pruned = steps.prune_layers(model, tokenizer, pruning_batches, heldout_text, budget, say=say)
-    show(demo_report.table_text(demo_report.pruned_table(pruned)))
+    show(table_text(demo_report.pruned_table(pruned)))
 
     say("saving the pruned model and checking what was saved")
     saved, checks = steps.save_and_check(result, tokenizer, output / "pruned")

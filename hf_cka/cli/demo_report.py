@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cka.cli.demo_steps import Adapted, Pruned
 from hf_cka.evaluation.blocks import Check, Checks, Heatmap, LayerScores, LayerStack, Strip, Table
-from hf_cka.evaluation.report import Highlight, ReportData, Section, format_cell, library_versions
+from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions
 from hf_cka.selection import LayerSelection
 
 if TYPE_CHECKING:
@@ -39,23 +39,6 @@ def pruned_table(rows: Sequence[Pruned]) -> Table:
             for r in rows
         ),
         note="Perplexity on documentation text that no layer was chosen by. Lower is better.",
-    )
-
-
-def table_text(table: Table) -> str:
-    """Return a table for the terminal.
-
-    Example:
-        >>> print(table_text(Table("t", ("model", "loss"), (("dense", 0.5), ("pruned", None)))))
-        model     loss
-        dense   0.5000
-        pruned       –
-    """
-    cells = [list(table.columns), *([format_cell(cell) for cell in row] for row in table.rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
     )
 
 

@@ -18,6 +18,8 @@ from hf_cka.evaluation.blocks import (
     Strip,
     Table,
 )
+from hf_cka.evaluation.compare import Comparison, ComparisonSettings, compare
+from hf_cka.evaluation.disagreement import Disagreements, disagreements
 from hf_cka.evaluation.efficiency import (
     DecodeSpeed,
     MemoryPeak,
@@ -29,15 +31,22 @@ from hf_cka.evaluation.efficiency import (
 from hf_cka.evaluation.language import Perplexity, perplexity
 from hf_cka.evaluation.multiple_choice import MultipleChoice, ScoredItem, multiple_choice
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions, write_report
+from hf_cka.evaluation.robustness import Robustness, robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, Example, completion_loss, exact_match
+from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
+from hf_cka.evaluation.structure import layer_strip, original_layers
+from hf_cka.evaluation.training_curves import training_curves
 
 __all__ = [
     "Check",
     "Checks",
+    "Comparison",
+    "ComparisonSettings",
     "CompletionLoss",
     "Curve",
     "Curves",
     "DecodeSpeed",
+    "Disagreements",
     "ExactMatch",
     "Example",
     "Excerpt",
@@ -46,6 +55,7 @@ __all__ = [
     "Heatmap",
     "Highlight",
     "LayerScores",
+    "LayerSimilarity",
     "LayerStack",
     "MemoryPeak",
     "MultipleChoice",
@@ -53,17 +63,25 @@ __all__ = [
     "Perplexity",
     "Point",
     "ReportData",
+    "Robustness",
     "ScoredItem",
     "Section",
     "Strip",
     "Table",
+    "compare",
     "completion_loss",
     "count_parameters",
     "decode_speed",
+    "disagreements",
     "exact_match",
+    "layer_similarity",
+    "layer_strip",
     "library_versions",
     "multiple_choice",
+    "original_layers",
     "peak_memory",
     "perplexity",
+    "robustness",
+    "training_curves",
     "write_report",
 ]

@@ -146,6 +146,11 @@ class Strip:
                 raise ValueError(f"{name} must hold one share from 0 to 1 for each of {self.num_layers} layers.")
 
     @property
+    def narrowed(self) -> bool:
+        """Whether something is left of a layer, but not all of its width."""
+        return any(0 < share < 1 for share in (*self.attention_share, *self.mlp_share))
+
+    @property
     def kept(self) -> int:
         """Layers that are still there, whole or in part."""
         return self.num_layers - len(set(self.removed))

@@ -223,6 +223,23 @@ def format_cell(cell: Cell) -> str:
     return cell
 
 
+def table_text(table: Table) -> str:
+    """Return a table for the terminal.
+
+    Example:
+        >>> print(table_text(Table("t", ("model", "loss"), (("dense", 0.5), ("pruned", None)))))
+        model     loss
+        dense   0.5000
+        pruned       –
+    """
+    cells = [list(table.columns), *([format_cell(cell) for cell in row] for row in table.rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    )
+
+
 def numeric_columns(table: Table) -> tuple[bool, ...]:
     """Return for each column whether it holds numbers, or text that begins like one, and so goes to the right.
 

@@ -139,7 +139,8 @@ def results_table(results: Any) -> tuple[str, str | None, str | None]:
 
     Args:
         results: a list of rows (mappings of column to value), a mapping with such a list under "rows" and optionally
-            a "command" and "notes", or the path of a JSON file with either.
+            a "command" and "notes"; the data of a report (`hf-cka compare` writes one); or the path of a JSON file
+            with any of these.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -160,6 +161,11 @@ def results_table(results: Any) -> tuple[str, str | None, str | None]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}.") from error
     whole = results if isinstance(results, Mapping) else {"rows": results}
+    if "sections" in whole:  # a report, which holds its numbers once more as rows
+        if not whole.get("results"):
+            raise ValueError(f"{where} is a report without results. Give the report.json of `hf-cka compare`.")
+        named = {"rows": whole["results"], "command": whole.get("command"), "notes": whole.get("notes")}
+        whole = {name: value for name, value in named.items() if value}
     unknown = sorted(set(whole) - {"rows", "command", "notes"})
     rows = whole.get("rows")
     if unknown or not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):

@@ -1,0 +1,399 @@
+"""Measure a model and others that were made from it side by side, on the same data.
+
+What is measured is in the modules beside this one; how it is put into a report is in ``comparison_report``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from hf_cka.data import calibration, public_name, row_text
+from hf_cka.evaluation.blocks import Cell, Curve, Strip
+from hf_cka.evaluation.disagreement import Disagreements, disagreements
+from hf_cka.evaluation.efficiency import count_parameters, decode_speed
+from hf_cka.evaluation.language import Perplexity, perplexity
+from hf_cka.evaluation.robustness import DAMAGES, Robustness, robustness
+from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, completion_loss, exact_match
+from hf_cka.evaluation.running import check_causal, context_limit
+from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
+from hf_cka.evaluation.structure import layer_strip
+from hf_cka.evaluation.training_curves import training_curves
+from hf_cka.lookup import lookup
+from hf_cka.representations import collect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_cka.evaluation.report import ReportData
+
+Row = str | Mapping[str, Any]
+PARTS = ("quality", "speed", "similarity", "disagreement", "robustness")
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """How much is measured.
+
+    Args:
+        parts: of ``PARTS``: what to measure.
+        context: window of perplexity, in tokens; shorter where the model's own context is.
+        max_tokens: tokens of text for perplexity.
+        rows: prompt/completion rows for loss and exact match, texts for robustness.
+        max_new_tokens: of a generated answer.
+        num_samples: for the similarity of layers and the disagreement.
+        max_length: tokens of such a sample.
+        rates: of damage, for robustness.
+        top: samples of disagreement to show.
+        repeats: alternating measurements of speed.
+        seed: of every draw.
+
+    Raises:
+        ValueError: for an unknown part (near names are listed) or a number out of range.
+
+    Example:
+        >>> ComparisonSettings(parts=("quality", "sped"))
+        Traceback (most recent call last):
+        ValueError: Unknown part 'sped'. Did you mean: 'speed'?
+    """
+
+    parts: tuple[str, ...] = PARTS
+    context: int = 512
+    max_tokens: int = 4096
+    rows: int = 32
+    max_new_tokens: int = 64
+    num_samples: int = 64
+    max_length: int = 128
+    rates: tuple[float, ...] = (0.1,)
+    top: int = 5
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            lookup(dict.fromkeys(PARTS), part, "part")
+        least = {"context": 2, "max_tokens": 2, "rows": 1, "max_new_tokens": 1, "num_samples": 4, "max_length": 2}
+        for name, smallest in {**least, "top": 0, "repeats": 1}.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {smallest}.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model; None or empty where it was not.
+
+    Args:
+        name: of the model.
+        parameters: all of them.
+        non_embedding: without embeddings and head.
+        strip: its layers, by original index.
+        file_bytes: size of its weight files; None for a model that is in memory only.
+        perplexity: of the text.
+        completion: loss on the completions of the rows, where the data has such rows.
+        exact: exact match on them.
+        tokens_per_second: greedy decoding, one row, median; to compare models use ``speed_ratio``.
+        speed_ratio: median over measurements in turn with the base's of the one over the other; 1 for the base.
+        similarity: of its layers to the base's.
+        disagreement: with the base.
+        robustness: under each damage; the clean row first.
+        curves: losses of its training.
+        notes: what could not be measured, and why.
+    """
+
+    name: str
+    parameters: int
+    non_embedding: int
+    strip: Strip
+    file_bytes: int | None = None
+    perplexity: Perplexity | None = None
+    completion: CompletionLoss | None = None
+    exact: ExactMatch | None = None
+    tokens_per_second: float | None = None
+    speed_ratio: float | None = None
+    similarity: LayerSimilarity | None = None
+    disagreement: Disagreements | None = None
+    robustness: tuple[Robustness, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base and the models made from it, measured on the same data.
+
+    Args:
+        base: the reference.
+        others: the rest, in the order given.
+        settings: how much was measured.
+        source: name of the data.
+        device: where the models ran.
+    """
+
+    base: Measured
+    others: tuple[Measured, ...]
+    settings: ComparisonSettings
+    source: str = ""
+    device: str = ""
+
+    @property
+    def models(self) -> tuple[Measured, ...]:
+        """The base and the others."""
+        return (self.base, *self.others)
+
+    def results(self) -> tuple[dict[str, Cell], ...]:
+        """Return one mapping of column to value a model; columns that no model has are left out.
+
+        Sizes are in parameters and bytes; ``removed`` is the share of the base's parameters; ``decoding speed`` is
+        that of one row over the base's, measured in turn, so that a drift of the machine hits both.
+        """
+        rows = [self._row(model) for model in self.models]
+        used = {name for row in rows for name, value in row.items() if value is not None}
+        return tuple({name: value for name, value in row.items() if name in used} for row in rows)
+
+    def report(self, title: str = "", command: str = "") -> ReportData:
+        """Return everything as a report, to be written with ``write_report``.
+
+        Args:
+            title: of the page; by default the names.
+            command: that made it.
+        """
+        from hf_cka.evaluation.comparison_report import comparison_report
+
+        return comparison_report(self, title=title, command=command)
+
+    def _row(self, model: Measured) -> dict[str, Cell]:
+        clean = model.robustness[0] if model.robustness else None
+        similarity = model.similarity
+        return {
+            "model": model.name,
+            "parameters": model.parameters,
+            "removed": 1 - model.parameters / self.base.parameters,
+            "perplexity": model.perplexity.value if model.perplexity else None,
+            "completion loss": model.completion.value if model.completion else None,
+            "exact match": model.exact.value if model.exact else None,
+            "next-token accuracy": clean.accuracy if clean else None,
+            "KL to base": model.disagreement.kl if model.disagreement else None,
+            "same top token": model.disagreement.same_top if model.disagreement else None,
+            "CKA of last layer": similarity.values[-1][-1] if similarity else None,
+            "file MB": None if model.file_bytes is None else round(model.file_bytes / 1e6, 1),
+            "non-embedding": model.non_embedding,
+            "decoding speed": model.speed_ratio,
+        }
+
+
+def compare(
+    base: Any,
+    others: Mapping[str, Any] | Sequence[str],
+    data: Sequence[Row],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_name: str = "",
+    settings: ComparisonSettings | None = None,
+    source: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Measure a causal language model and others made from it: quality, speed, similarity, disagreement, robustness.
+
+    Models that are given by name are loaded one after the other, and only the base stays in memory beside one of them.
+    Nothing is decided from the data, so one set serves all parts.
+
+    Args:
+        base: the reference: a loaded model, a folder or a Hub id.
+        others: the other models by name, loaded or as folders or Hub ids; or a list of folders or Hub ids.
+        data: texts, or rows as :func:`hf_cka.calibration` takes them; loss and exact match need ``prompt`` and
+            ``completion``.
+        tokenizer: of all models; needed where the base is a loaded model.
+        base_name: shown for the base; by default its folder or id, or "dense".
+        settings: how much is measured.
+        source: name of the data, for the record.
+        device: for models given by name.
+        dtype: for models given by name.
+        say: called with what is being done.
+
+    Raises:
+        FileNotFoundError: for a folder that is not there or is no model.
+        ValueError: for no data or no other model, a loaded base without tokenizer, a model that is not causal, or one
+            whose tokenizer is not the base's.
+
+    Example:
+        >>> comparison = compare(dense, {"pruned": pruned}, texts, tokenizer=tokenizer)  # doctest: +SKIP
+        >>> write_report(comparison.report(), "out/report.html")  # doctest: +SKIP
+    """
+    chosen = settings or ComparisonSettings()
+    named = _named(others)
+    _check_folders([base, *named.values()])
+    texts = [text for row in data if (text := row_text(row, tokenizer))]
+    if not texts:
+        raise ValueError("There is no text to measure on: pass at least one non-empty text or row.")
+    say("loading the base")
+    model, tokens = _loaded(base, tokenizer, device, dtype)
+    name = base_name or (public_name(base) if isinstance(base, str) else "") or "dense"
+    if name in named:
+        name = f"{name} (base)"
+    bench = _Bench(model, tokens, data, texts, chosen, say)
+    reference = bench.measure(name, model, base)
+    measured = []
+    for other, what in named.items():
+        say(f"loading {other}")
+        loaded, own = _loaded(what, tokens, device, dtype)
+        _check_tokenizer(other, tokens, own)
+        measured.append(bench.measure(other, loaded, what))
+        del loaded, own
+        gc.collect()
+    return Comparison(reference, tuple(measured), chosen, source, str(next(model.parameters()).device))
+
+
+@dataclass
+class _Bench:
+    """What all models are measured on, and the base's side of what compares two."""
+
+    base: Any
+    tokenizer: Any
+    data: Sequence[Row]
+    texts: list[str]
+    settings: ComparisonSettings
+    say: Callable[[str], None]
+    _readouts: Any = field(default=None, init=False)
+    _batches: Any = field(default=None, init=False)
+
+    def measure(self, name: str, model: Any, origin: Any) -> Measured:
+        check_causal(model, "compare")
+        parts, options = self.settings.parts, self.settings
+        count = count_parameters(model)
+        found: dict[str, Any] = {"notes": []}
+        folder = Path(origin).expanduser() if isinstance(origin, str) else None
+        if folder is not None and folder.is_dir():
+            found["curves"] = training_curves(folder)
+            found["file_bytes"] = sum(file.stat().st_size for file in _weight_files(folder)) or None
+        if "quality" in parts:
+            self.say(f"quality of {name}")
+            found |= self._quality(model)
+        if "speed" in parts:
+            self.say(f"speed of {name}")
+            found |= self._speed(model)
+        if "robustness" in parts:
+            self.say(f"robustness of {name}")
+            limit = context_limit(model) or 96
+            found["robustness"] = robustness(
+                model,
+                self.tokenizer,
+                self.texts[: options.rows],
+                damages=tuple(DAMAGES),
+                rates=options.rates,
+                seed=options.seed,
+                max_context=min(64, limit * 2 // 3),
+                max_continuation=min(32, limit // 3),
+                progress=False,
+            )
+        if model is not self.base:
+            self._compare(name, model, found)
+        found["notes"] = tuple(found["notes"])
+        return Measured(name, count.total, count.non_embedding, layer_strip(name, model), **found)
+
+    def _quality(self, model: Any) -> dict[str, Any]:
+        options = self.settings
+        context = min(options.context, context_limit(model) or options.context)
+        text = "\n\n".join(self.texts)[: 12 * options.max_tokens]  # no tokenizer makes tokens of 12 letters on average
+        found: dict[str, Any] = {
+            "perplexity": perplexity(
+                model, self.tokenizer, text, context=context, max_tokens=options.max_tokens, progress=False
+            )
+        }
+        rows = [row for row in self.data if not isinstance(row, str) and {"prompt", "completion"} <= set(row)]
+        if rows:
+            rows = rows[: options.rows]
+            found["completion"] = completion_loss(model, self.tokenizer, rows, progress=False)
+            found["exact"] = exact_match(
+                model, self.tokenizer, rows, max_new_tokens=options.max_new_tokens, progress=False
+            )
+        return found
+
+    def _speed(self, model: Any) -> dict[str, Any]:
+        """Short measurements of base and model in turn, so that a drift of the machine hits both."""
+        speeds = [
+            [decode_speed(which, prompt_tokens=12, new_tokens=24, repeats=1, progress=False).tokens_per_second
+             for which in (self.base, model)]
+            for _ in range(self.settings.repeats)
+        ]  # fmt: skip
+        ratio = 1.0 if model is self.base else median(after / before for before, after in speeds)
+        return {"tokens_per_second": median(after for _, after in speeds), "speed_ratio": ratio}
+
+    def _compare(self, name: str, model: Any, found: dict[str, Any]) -> None:
+        options = self.settings
+        if not {"similarity", "disagreement"} & set(options.parts):
+            return
+        if self._batches is None:
+            self._batches = calibration(
+                self.texts, self.tokenizer, options.num_samples, options.max_length, options.seed
+            )
+        if "similarity" in options.parts:
+            self.say(f"similarity of the layers of {name}")
+            if sum(len(batch["input_ids"]) for batch in self._batches) < 4:
+                found["notes"].append("similarity of layers needs at least 4 texts")
+            else:
+                self._readouts = self._readouts or collect(self.base, self._batches, progress=False)
+                try:
+                    found["similarity"] = layer_similarity(
+                        self.base, model, self._batches, base_readouts=self._readouts, progress=False
+                    )
+                except ValueError as error:
+                    found["notes"].append(f"no similarity of layers: {error}")
+        if "disagreement" in options.parts:
+            self.say(f"disagreement of {name} with the base")
+            found["disagreement"] = disagreements(
+                self.base, model, self.tokenizer, self._batches, top=options.top, progress=False
+            )
+
+
+def _named(others: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    if isinstance(others, Mapping):
+        named = dict(others)
+    else:
+        named = {}
+        for other in others:
+            short = public_name(other) or str(other)
+            named[short if short not in named else str(other)] = other
+    if not named:
+        raise ValueError("There is nothing to compare the base with: give at least one other model.")
+    return named
+
+
+def _check_folders(models: Sequence[Any]) -> None:
+    """Say before anything is loaded that a folder holds no model."""
+    for model in models:
+        folder = Path(model).expanduser() if isinstance(model, str) else None
+        if folder is not None and folder.is_dir() and not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            raise FileNotFoundError(
+                f"The folder {str(folder)!r} is no model: it has no config.json. "
+                + ("It holds an adapter: merge it first." if adapter else "Give the folder of a saved model.")
+            )
+
+
+def _loaded(model: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any]:
+    if not isinstance(model, str):
+        if tokenizer is None:
+            raise ValueError("A loaded model needs its tokenizer: pass tokenizer=...")
+        return model, tokenizer
+    from hf_cka.modeling.loading import load_model
+
+    return load_model(model, device, dtype)
+
+
+def _check_tokenizer(name: str, base: Any, other: Any) -> None:
+    if base is other or base.get_vocab() == other.get_vocab():
+        return
+    raise ValueError(
+        f"{name!r} has another tokenizer than the base ({len(other)} and {len(base)} tokens, or other ones): "
+        "perplexity and disagreement would compare different things. Compare models made from one base."
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]

@@ -1,0 +1,136 @@
+"""One call measures every model on the same data; report, table, JSON and model card say the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from hf_cka import PruningPlan, apply_plan, save_pruned
+from hf_cka.cli import app
+from hf_cka.evaluation import ReportData, compare, perplexity, training_curves, write_report
+from hf_cka.evaluation.compare import ComparisonSettings
+from tests.tiny import tiny_model
+
+TEXTS = [
+    f"Once upon a time, there was a {animal} who lived near the {place}. It liked to play with its friends all day."
+    for animal in ("cat", "dog", "bird")
+    for place in ("park", "sea")
+]
+SMALL = ComparisonSettings(context=64, max_tokens=128, rows=4, num_samples=6, max_length=32, top=2, repeats=1)
+
+
+def _prune(model, **plan):
+    return apply_plan(copy.deepcopy(model), PruningPlan(num_layers=5, model_type="llama", **plan))
+
+
+@pytest.fixture
+def folders(stories, tmp_path):
+    model, tokenizer = stories
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    save_pruned(_prune(model, removed_layers=(2,)), tmp_path / "depth", tokenizer=tokenizer, verify=False)
+    log = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.6}]
+    (tmp_path / "depth" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    plan = {"removed_attention": (1,), "kept_units": {3: range(40)}}
+    save_pruned(_prune(model, **plan), tmp_path / "uneven", tokenizer=tokenizer, verify=False)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return tmp_path
+
+
+@pytest.mark.assets
+def test_every_part_is_measured_and_says_the_same_everywhere(stories, tmp_path) -> None:
+    model, tokenizer = stories
+    others = {"depth": _prune(model, removed_layers=(2,)), "same": copy.deepcopy(model)}
+    found = compare(model, others, TEXTS, tokenizer=tokenizer, settings=SMALL, source="stories")
+    depth, same = found.others
+    assert found.base.name == "dense"
+    assert same.perplexity == found.base.perplexity
+    assert same.disagreement.same_top == 1.0
+    assert all(abs(change) < 1e-6 for change, _ in same.similarity.changes.values())
+    assert depth.strip.removed == (2,)
+    assert depth.disagreement.kl > 0
+    text = "\n\n".join(TEXTS)
+    alone = perplexity(others["depth"], tokenizer, text, context=64, max_tokens=128)
+    assert math.isclose(depth.perplexity.value, alone.value, rel_tol=1e-6)
+    data = found.report()
+    written = json.loads(write_report(data, tmp_path / "report.html").with_suffix(".json").read_text())
+    assert ReportData.from_dict(written) == data
+    row = written["results"][1]
+    assert (row["model"], row["perplexity"]) == ("depth", depth.perplexity.value)
+    assert row["removed"] == pytest.approx(1 - depth.parameters / found.base.parameters)
+
+
+@pytest.mark.assets
+def test_the_command_writes_a_page_and_the_card_takes_its_numbers(folders, monkeypatch) -> None:
+    monkeypatch.chdir(folders)
+    run = CliRunner()
+    options = ["--dataset", "data.jsonl", "--output", "out", "--max-tokens", "128", "--context", "64", "--rows", "3"]
+    done = run.invoke(app, ["compare", "dense", "depth", "uneven", *options, "--num-samples", "6", "--json"])
+    assert done.exit_code == 0, done.output
+    page = (folders / "out" / "report.html").read_text()
+    for shown in ("Training of depth", "Quality over size", "Where dense and uneven disagree most", "Robustness"):
+        assert shown in page
+    report = json.loads((folders / "out" / "report.json").read_text())
+    strips = next(b for s in report["sections"] for b in s["blocks"] if b["kind"] == "layer_stack")["strips"]
+    assert strips[2]["removed_attention"] == [1]
+    assert 0 < strips[2]["mlp_share"][3] < 1
+    done = run.invoke(app, ["card", "--model", "depth", "--license", "mit", "--report", "out/report.json"])
+    assert done.exit_code == 0, done.output
+    card = (folders / "depth" / "README.md").read_text()
+    value = report["results"][1]["perplexity"]
+    assert f"{value:.4g}" in next(line for line in card.splitlines() if line.startswith("| depth |"))
+    assert "Perplexity of " in card
+
+
+@pytest.mark.assets
+def test_what_cannot_be_compared_is_refused_before_it_is_measured(stories, folders) -> None:
+    model, tokenizer = stories
+    empty = folders / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is no model: it has no config\.json"):
+        compare(model, [str(empty)], TEXTS, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="no text"):
+        compare(model, {"same": model}, [], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare(model, [], TEXTS, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        compare(model, {"same": model}, TEXTS)
+    with pytest.raises(ValueError, match="causal language model"):
+        compare(tiny_model("bert"), {"same": model}, TEXTS, tokenizer=tokenizer, settings=SMALL)
+    other = AutoTokenizer.from_pretrained(folders / "dense")
+    other.add_tokens(["<new>"])
+    other.save_pretrained(folders / "depth")
+    with pytest.raises(ValueError, match="'depth' has another tokenizer than the base"):
+        compare(model, [str(folders / "depth")], TEXTS, tokenizer=tokenizer, settings=ComparisonSettings(parts=()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"parts": ("speeed",)}, "Did you mean: 'speed'"), ({"num_samples": 3}, "num_samples=3 must be at least 4")],
+)
+def test_settings_are_checked_when_made(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ComparisonSettings(**options)
+
+
+def test_the_newest_checkpoint_gives_the_curves(tmp_path) -> None:
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": step, "loss": 1.0}]}))
+    assert training_curves(tmp_path, "run")[0].points == ((10.0, 1.0),)
+    assert training_curves(tmp_path, "run")[0].name == "run, training"
+    (tmp_path / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        training_curves(tmp_path)
+
+
+def test_help_gives_an_example_and_fits_a_screen() -> None:
+    text = CliRunner().invoke(app, ["compare", "--help"]).output
+    assert "Example: hf-cka compare BASE pruned" in text
+    assert len(text.splitlines()) < 70
