@@ -165,7 +165,7 @@ def test_every_paper_is_a_config(name):
     assert config.method in METHODS
 
 
-@pytest.mark.parametrize("name", [n for n in DEPTH if n not in ("consensus_by_class", "cca")])
+@pytest.mark.parametrize("name", [n for n in DEPTH if n not in ("consensus_by_class", "cca", "loraprune")])
 def test_every_criterion_prunes(name):
     result = run(criterion=name, num_layers=1, model=tiny_model("llama"))
     assert result.model.config.num_hidden_layers == 3

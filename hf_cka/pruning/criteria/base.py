@@ -204,7 +204,8 @@ class CriterionEntry:
         needs_logits: it reads the logits of the model's head.
         needs_next_token: it reads the logits as a prediction of the next token.
         needs_labels: every batch must hold ``labels``.
-        needs_gradients: it runs a backward pass.
+        needs_gradients: it takes gradients of the weights.
+        needs_adapters: it reads LoRA adapters that the model carries.
         lazy: a score depends on that structure and the model alone, so that some can be scored without the others,
             and is expensive enough to do so.
     """
@@ -219,6 +220,7 @@ class CriterionEntry:
     needs_next_token: bool = False
     needs_labels: bool = False
     needs_gradients: bool = False
+    needs_adapters: bool = False
     lazy: bool = False
 
 
@@ -253,6 +255,11 @@ def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Seq
         raise ValueError(
             f"Criterion {entry.name!r} needs gradients of the weights, and the model is quantized. Load it without "
             "quantization, or use 'cka'."
+        )
+    if entry.needs_adapters and not any("lora_A" in dict(m.named_children()) for m in model.modules()):
+        raise ValueError(
+            f"Criterion {entry.name!r} reads LoRA adapters, and {type(model).__name__} carries none. Add some and train "
+            "(get_peft_model), or use 'taylor'."
         )
     if entry.needs_next_token and context.anatomy.kind != "decoder":
         raise ValueError(

@@ -56,7 +56,7 @@ def score_taylor(context: ScoringContext, structures: Sequence[Structure]) -> De
     check_runnable(context.model)
     gradients = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
     bar = tqdm(context.batches, desc="taylor", unit="batch", disable=not context.progress, delay=2)
-    with evaluating(context.anatomy.model), _requiring_gradients(weights), torch.enable_grad():
+    with evaluating(context.anatomy.model), requiring_gradients(weights), torch.enable_grad():
         for index, batch in enumerate(bar):
             loss = _loss(context, batch, index)
             for total, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
@@ -115,7 +115,12 @@ def _projections(context: ScoringContext, structure: Structure) -> list[Any]:
 
 
 @contextmanager
-def _requiring_gradients(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+def requiring_gradients(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let weights require gradients for a while.
+
+    Args:
+        weights: parameters; their switches are put back.
+    """
     before = [w.requires_grad for w in weights]
     try:
         for weight in weights:

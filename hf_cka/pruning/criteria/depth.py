@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from hf_cka.pruning.criteria import loraprune
 from hf_cka.pruning.criteria.base import CriterionEntry
 from hf_cka.pruning.criteria.consensus import score_cka, score_consensus, score_kl, score_one, score_perplexity
 from hf_cka.pruning.criteria.controls import (
@@ -82,6 +83,14 @@ DEPTH: dict[str, CriterionEntry] = {
             _SHORTENED,
             needs_logits=True,
             needs_gradients=True,
+        ),
+        CriterionEntry(
+            "loraprune",
+            loraprune.score_depth,
+            "squared weights times their gradients, estimated from those of the LoRA adapters",
+            "Zhang et al. 2023, arXiv 2305.18403",
+            needs_logits=True,
+            needs_adapters=True,
         ),
         CriterionEntry("last", score_last, "its position: the last goes first", "control", needs_data=False),
         CriterionEntry(

@@ -13,8 +13,10 @@ from types import MappingProxyType
 import torch
 
 from hf_cka.anatomy import Anatomy
+from hf_cka.pruning.criteria import loraprune
 from hf_cka.pruning.criteria.base import CriterionEntry, ScoringContext, WidthScores
-from hf_cka.pruning.criteria.inputs import Tokens, stream_inputs, weight_matrix
+from hf_cka.pruning.criteria.groups import group_sums, projection_matrix
+from hf_cka.pruning.criteria.inputs import Tokens, stream_inputs
 from hf_cka.pruning.criteria.width_output import score_kl, score_taylor
 from hf_cka.pruning.criteria.width_refit import score_obs
 
@@ -104,7 +106,7 @@ def score_wanda(context: ScoringContext) -> WidthScores:
         tensor(0.0312, dtype=torch.float64)
     """
     squares = _mean(context, lambda layer, role, tokens: tokens.sum(tokens.values.square()))
-    sums = {key: _out_matrix(context.anatomy, *key).abs().sum(dim=0).double().cpu() for key in squares}
+    sums = {key: projection_matrix(context.anatomy, *key).abs().sum(dim=0).double().cpu() for key in squares}
     return _scores(context.anatomy, {key: value.sqrt() * sums[key] for key, value in squares.items()})
 
 
@@ -146,7 +148,7 @@ def score_flap(context: ScoringContext) -> WidthScores:
     """
     fluctuation = _variances(context)
     for key, variance in fluctuation.items():
-        raw = variance * _out_matrix(context.anatomy, *key).square().sum(dim=0).double().cpu()
+        raw = variance * projection_matrix(context.anatomy, *key).square().sum(dim=0).double().cpu()
         spread = raw.std()
         # equal scores (or a single feature) say nothing: neutral, instead of 0 / 0
         fluctuation[key] = (raw - raw.mean()) / spread if spread > 0 else torch.zeros_like(raw)
@@ -172,25 +174,12 @@ def score_magnitude(context: ScoringContext) -> WidthScores:
         (torch.Size([2]), torch.Size([16]))
     """
     anatomy = context.anatomy
-    groups, units = [], []
-    for layer in range(anatomy.num_layers):
-        sizes, roles = anatomy.sizes(layer), anatomy.projections(layer)
-        group = torch.zeros(sizes.num_kv_heads, dtype=torch.float64)
-        unit = torch.zeros(sizes.intermediate_size, dtype=torch.float64)
-        for role in roles:
-            if role == "down":
-                unit += _squares(_out_matrix(anatomy, layer, role), dim=0)
-            elif role in ("gate", "up"):
-                unit += _squares(weight_matrix(anatomy, layer, role), dim=1)
-            elif role == "gate_up":
-                unit += _squares(weight_matrix(anatomy, layer, role), dim=1).unflatten(0, (2, -1)).sum(dim=0)
-            elif role == "o":
-                group += _squares(_out_matrix(anatomy, layer, role), dim=0).unflatten(0, (len(group), -1)).sum(dim=1)
-            else:
-                group += _attention_rows(anatomy, layer, role, len(group))
-        groups.append(group.sqrt())
-        units.append(unit.sqrt())
-    return WidthScores(tuple(groups), tuple(units))
+
+    def squares(layer: int, role: str) -> torch.Tensor:
+        return projection_matrix(anatomy, layer, role).double().square()
+
+    groups, units = group_sums(anatomy, squares)
+    return WidthScores(tuple(group.sqrt() for group in groups), tuple(unit.sqrt() for unit in units))
 
 
 def score_random(context: ScoringContext) -> WidthScores:
@@ -278,30 +267,13 @@ def _attention_layers(anatomy: Anatomy) -> list[int]:
     return [layer for layer in range(anatomy.num_layers) if "o" in anatomy.projections(layer)]
 
 
-def _out_matrix(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
-    sizes = anatomy.sizes(layer)
-    return weight_matrix(
-        anatomy, layer, role, sizes.num_heads * sizes.head_dim if role == "o" else sizes.intermediate_size
-    )
-
-
 def _head_matrices(anatomy: Anatomy, layer: int) -> torch.Tensor:
     """The output projection as (out_features, heads, head_dim)."""
-    return _out_matrix(anatomy, layer, "o").unflatten(1, (anatomy.sizes(layer).num_heads, -1))
+    return projection_matrix(anatomy, layer, "o").unflatten(1, (anatomy.sizes(layer).num_heads, -1))
 
 
 def _squares(matrix: torch.Tensor, dim: int) -> torch.Tensor:
     return matrix.double().square().sum(dim=dim).cpu()
-
-
-def _attention_rows(anatomy: Anatomy, layer: int, role: str, groups: int) -> torch.Tensor:
-    """Squared weights of the rows of q, k, v or a fused qkv that belong to each KV group."""
-    rows = _squares(weight_matrix(anatomy, layer, role), dim=1)
-    if role != "qkv" or anatomy.family.qkv_layout == "interleaved":  # rows of one group lie together
-        return rows.unflatten(0, (groups, -1)).sum(dim=1)
-    sizes = anatomy.sizes(layer)
-    parts = rows.split([n * sizes.head_dim for n in (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)])
-    return sum((part.unflatten(0, (groups, -1)).sum(dim=1) for part in parts), torch.zeros(groups).double())
 
 
 _ENTRIES = (
@@ -339,6 +311,14 @@ _ENTRIES = (
         "rise of the output's KL when the group goes and the rest is refitted",
         "arXiv 2302.04089",
         needs_logits=True,
+    ),
+    CriterionEntry(
+        "loraprune",
+        loraprune.score_width,
+        "squared weight times its gradient, estimated from the gradients of the LoRA adapters on it",
+        "arXiv 2305.18403",
+        needs_logits=True,
+        needs_adapters=True,
     ),
     CriterionEntry("random", score_random, "a seeded draw, the control", "", needs_data=False),
 )

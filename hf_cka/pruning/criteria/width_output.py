@@ -62,7 +62,7 @@ def score_taylor(context: ScoringContext) -> WidthScores:
             stack.enter_context(context_manager)
         for index, batch in enumerate(tqdm(context.batches, desc="taylor", disable=not context.progress, delay=2)):
             mask = token_mask(batch, index)
-            _prompt_losses(anatomy, batch, mask, index).sum().backward()
+            prompt_losses(anatomy, batch, mask, index).sum().backward()
             prompts += len(mask)
     return width_scores(anatomy, {key: total / prompts for key, total in totals.items()})
 
@@ -191,8 +191,18 @@ def prompt_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.double().masked_fill(~keep, 0).sum(dim=1) / keep.sum(dim=1)
 
 
-def _prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: int) -> torch.Tensor:
-    """The mean loss of each prompt of a batch, ``(batch,)``."""
+def prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: int) -> torch.Tensor:
+    """Return the mean loss of each prompt of a batch, ``(batch,)``.
+
+    Args:
+        anatomy: of the model.
+        batch: model-ready.
+        mask: ``(batch, tokens)``, true where there is a token.
+        index: of the batch, for messages.
+
+    Raises:
+        ValueError: for an encoder without ``labels``, or a decoder's prompt with nothing to predict.
+    """
     logits = logits_of(anatomy, batch).float()
     labels = batch.get("labels")
     if anatomy.kind == "decoder" and logits.ndim == 3:
@@ -201,7 +211,7 @@ def _prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: in
         targets[~(mask[:, 1:] & mask[:, :-1])] = -100
     elif labels is None:
         raise ValueError(
-            f"Criterion 'taylor' needs the loss, and batch {index} has no labels for {type(anatomy.model).__name__}. "
+            f"The criterion needs the loss, and batch {index} has no labels for {type(anatomy.model).__name__}. "
             "Add a 'labels' tensor to every batch, or use a criterion without a loss ('amp', 'wanda')."
         )
     else:

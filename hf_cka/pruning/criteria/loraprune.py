@@ -1,0 +1,160 @@
+"""LoRAPrune: what a weight is worth, from the gradients of the LoRA factors on it alone.
+
+No gradient of a base weight is ever computed or held, so a model that only fits with frozen weights can be scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_cka.anatomy import Anatomy
+from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, WidthScores
+from hf_cka.pruning.criteria.controls import requiring_gradients
+from hf_cka.pruning.criteria.groups import Values, group_sums, projection_matrix
+from hf_cka.pruning.criteria.width_output import prompt_losses
+from hf_cka.representations import check_runnable, evaluating, token_mask
+
+_MLP_ROLES = frozenset({"gate", "up", "gate_up", "down"})
+# (layer, role) -> the projection, where it carries active LoRA adapters
+_Adapted = dict[tuple[int, str], Any]
+
+
+def score_width(context: ScoringContext) -> WidthScores:
+    """Score a group by the summed importance (gradient * weight)^2 of its weights, the gradient taken from LoRA.
+
+    The weight is W + s B A; its gradient is estimated by s (dB A + B dA - dB dA), dA and dB being the gradients of
+    the mean loss over all prompts. The paper averages the importance over training steps instead; taken at once, the
+    scores do not depend on the batch size. Of a group, the weights in adapted projections count. Where no layer's
+    attention (or no layer's MLP) is adapted, it is not scored.
+
+    Args:
+        context: a model with LoRA adapters, and the data.
+
+    Raises:
+        ValueError: if only some layers are adapted, or as the criterion ``taylor``.
+
+    Source: LoRAPrune (arXiv 2305.18403), equations 8 to 10.
+
+    Example:
+        >>> score_width(context).units[0].shape  # doctest: +SKIP
+        torch.Size([1536])
+    """
+    anatomy = context.anatomy
+    adapted = _adapted(anatomy)
+    scored = {part: _whole(anatomy, adapted, part) for part in ("attention", "MLP")}
+    groups, units = group_sums(anatomy, _importance(context, adapted))
+    none = torch.zeros(0, dtype=torch.float64)
+    return WidthScores(
+        tuple(groups) if scored["attention"] else (none,) * len(groups),
+        tuple(units) if scored["MLP"] else (none,) * len(units),
+    )
+
+
+def score_depth(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
+    """Score a layer or sub-layer by the summed importance of its adapted weights, as :func:`score_width`.
+
+    Args:
+        context: a model with LoRA adapters, and the data.
+        structures: what to score.
+
+    Raises:
+        ValueError: if a structure carries no adapter, or as the criterion ``taylor``.
+
+    Source: the importance of LoRAPrune (arXiv 2305.18403), summed over whole layers.
+    """
+    adapted = _adapted(context.anatomy)
+    parts = [[key for key in adapted if _within(key, structure)] for structure in structures]
+    without = [str(s) for s, keys in zip(structures, parts, strict=True) if not keys]
+    if without:
+        raise ValueError(
+            f"Criterion 'loraprune' reads LoRA adapters, and {', '.join(without[:8])} carry none. Put adapters into "
+            "every layer (target_modules='all-linear'), protect these, or use 'taylor'."
+        )
+    importance = _importance(context, adapted)
+    sums = {key: float(_there(importance(*key)).double().sum()) for keys in parts for key in keys}
+    return DepthScores(tuple(structures), tuple(sum(sums[key] for key in keys) for keys in parts))
+
+
+def _adapted(anatomy: Anatomy) -> _Adapted:
+    found: _Adapted = {}
+    for layer in range(anatomy.num_layers):
+        for role, path in anatomy.projections(layer).items():
+            module: Any = anatomy.layer(layer).get_submodule(path)
+            if _active(module):
+                found[layer, role] = module
+    return found
+
+
+def _active(module: Any) -> list[str]:
+    """The adapters that the projection adds now; merged ones are part of its weight already."""
+    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _whole(anatomy: Anatomy, adapted: _Adapted, part: str) -> bool:
+    """Whether the attention (or MLP) of every layer that has one is adapted; raises where only some are."""
+    roles = {
+        layer: [role for role in anatomy.projections(layer) if (role in _MLP_ROLES) == (part == "MLP")]
+        for layer in range(anatomy.num_layers)
+    }
+    without = [i for i, own in roles.items() if own and not any((i, role) in adapted for role in own)]
+    some = any((i, role) in adapted for i, own in roles.items() for role in own)
+    if some and without:
+        raise ValueError(
+            f"Criterion 'loraprune' reads LoRA adapters, and the {part} of layers {without[:8]} carries none. Put "
+            "adapters into every layer (target_modules='all-linear'), or use 'taylor'."
+        )
+    return some
+
+
+def _within(key: tuple[int, str], structure: Structure) -> bool:
+    layer, role = key
+    return layer in structure.layers and structure.kind in ("layer", "mlp" if role in _MLP_ROLES else "attention")
+
+
+def _importance(context: ScoringContext, adapted: _Adapted) -> Values:
+    """Run the batches, and return what gives the importance of every weight of a projection."""
+    anatomy = context.anatomy
+    check_runnable(anatomy.model)
+    factors = [
+        factors[name].weight
+        for module in adapted.values()
+        for name in _active(module)
+        for factors in (module.lora_A, module.lora_B)
+    ]
+    sums = [torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
+    prompts = 0
+    with ExitStack() as stack:
+        for manager in (evaluating(anatomy.model), requiring_gradients(factors), torch.enable_grad()):
+            stack.enter_context(manager)
+        for index, batch in enumerate(tqdm(context.batches, desc="loraprune", disable=not context.progress, delay=2)):
+            mask = token_mask(batch, index)
+            loss = prompt_losses(anatomy, batch, mask, index).sum()
+            for total, gradient in zip(sums, torch.autograd.grad(loss, factors), strict=True):
+                total += gradient
+            prompts += len(mask)
+    gradients = {id(factor): total / prompts for factor, total in zip(factors, sums, strict=True)}
+
+    def importance(layer: int, role: str) -> torch.Tensor | None:
+        module = adapted.get((layer, role))
+        if module is None:
+            return None
+        estimate: Any = 0.0
+        for name in _active(module):
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            da, db = gradients[id(a)], gradients[id(b)]
+            estimate = estimate + module.scaling[name] * (db @ a.detach().to(db) + b.detach().to(da) @ da - db @ da)
+        return (estimate * projection_matrix(anatomy, layer, role).to(estimate)).square()
+
+    return importance
+
+
+def _there(values: torch.Tensor | None) -> torch.Tensor:
+    assert values is not None
+    return values
