@@ -67,7 +67,7 @@ def run_demo(
     from hf_cka.cli.demo_assets import load_demo_model
     from hf_cka.cli.demo_tasks import documentation_texts, record_rows
     from hf_cka.data import calibration
-    from hf_cka.evaluation import write_report
+    from hf_cka.evaluation import disagreements, layer_similarity, write_report
     from hf_cka.evaluation.report import table_text
     from hf_cka.representations import collect
     from hf_cka.selection import select_layers
@@ -117,6 +117,11 @@ def run_demo(
     result, pruned = steps.prune_layers(model, tokenizer, pruning_batches, heldout_text, budget, say=say)
     show(table_text(demo_report.pruned_table(pruned)))
 
+    say("comparing the layers of dense and pruned, and where their next tokens differ")
+    changed = layer_similarity(model, result.model, pruning_batches, progress=False)
+    differ = disagreements(model, result.model, tokenizer, pruning_batches, top=3, progress=False)
+    show(f"KL(dense || pruned) {differ.kl:.3f} nats a token; the same likeliest token at {differ.same_top:.0%} of them")
+
     say("saving the pruned model and checking what was saved")
     saved, checks = steps.save_and_check(result, tokenizer, output / "pruned")
     show(str(saved))
@@ -129,6 +134,7 @@ def run_demo(
         heat,
         adapted,
         pruned,
+        (changed.heatmap(), changed.change_chart(), differ.excerpts()),
         str(saved).splitlines()[0],
         checks,
         settings={"model": source, "seed": seed, "threads": torch.get_num_threads(), **asdict(budget)},

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from hf_cka.cli.demo_steps import Adapted, Pruned
-from hf_cka.evaluation.blocks import Check, Checks, Heatmap, LayerScores, LayerStack, Strip, Table
+from hf_cka.evaluation.blocks import Block, Check, Checks, Heatmap, LayerScores, LayerStack, Strip, Table
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions
 from hf_cka.selection import LayerSelection
 
@@ -48,6 +48,7 @@ def build(
     heat: np.ndarray,
     adapted: Sequence[Adapted],
     pruned: Sequence[Pruned],
+    inside: Sequence[Block],
     saved: str,
     checks: Sequence[tuple[str, bool]],
     *,
@@ -62,6 +63,7 @@ def build(
         heat: CKA of every point between layers with every other, ``(layers + 1, layers + 1)``.
         adapted: the LoRA runs, the untuned model first.
         pruned: dense first, then the pruned models.
+        inside: how dense and pruned differ inside and in what they say.
         saved: what was saved, as one line.
         checks: what was verified, and whether it held.
         settings: what decided the numbers.
@@ -125,6 +127,11 @@ def build(
                         tuple(Strip(row.name, selection.num_hidden_layers, removed=row.removed) for row in pruned),
                     ),
                 ),
+            ),
+            Section(
+                "What pruning changed",
+                tuple(inside),
+                text="The same texts through the dense model and the one pruned by CKA, before any recovery.",
             ),
             Section(
                 "The saved checkpoint",

@@ -17,6 +17,7 @@ from hf_cka.evaluation.blocks import Cell, Curve, Strip
 from hf_cka.evaluation.disagreement import Disagreements, disagreements
 from hf_cka.evaluation.efficiency import count_parameters, decode_speed
 from hf_cka.evaluation.language import Perplexity, perplexity
+from hf_cka.evaluation.multiple_choice import MultipleChoice, multiple_choice
 from hf_cka.evaluation.robustness import DAMAGES, Robustness, robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, completion_loss, exact_match
 from hf_cka.evaluation.running import check_causal, context_limit
@@ -95,6 +96,7 @@ class Measured:
         perplexity: of the text.
         completion: loss on the completions of the rows, where the data has such rows.
         exact: exact match on them.
+        choices: accuracy on the questions, where the data has ``question``, ``choices`` and ``gold``.
         tokens_per_second: greedy decoding, one row, median; to compare models use ``speed_ratio``.
         speed_ratio: median over measurements in turn with the base's of the one over the other; 1 for the base.
         similarity: of its layers to the base's.
@@ -112,6 +114,7 @@ class Measured:
     perplexity: Perplexity | None = None
     completion: CompletionLoss | None = None
     exact: ExactMatch | None = None
+    choices: MultipleChoice | None = None
     tokens_per_second: float | None = None
     speed_ratio: float | None = None
     similarity: LayerSimilarity | None = None
@@ -175,6 +178,8 @@ class Comparison:
             "perplexity": model.perplexity.value if model.perplexity else None,
             "completion loss": model.completion.value if model.completion else None,
             "exact match": model.exact.value if model.exact else None,
+            "accuracy": model.choices.accuracy if model.choices else None,
+            "accuracy, normalised": model.choices.accuracy_norm if model.choices else None,
             "next-token accuracy": clean.accuracy if clean else None,
             "KL to base": model.disagreement.kl if model.disagreement else None,
             "same top token": model.disagreement.same_top if model.disagreement else None,
@@ -207,7 +212,7 @@ def compare(
         base: the reference: a loaded model, a folder or a Hub id.
         others: the other models by name, loaded or as folders or Hub ids; or a list of folders or Hub ids.
         data: texts, or rows as :func:`hf_cka.calibration` takes them; loss and exact match need ``prompt`` and
-            ``completion``.
+            ``completion``, accuracy needs ``question``, ``choices`` and ``gold`` (index of the right one).
         tokenizer: of all models; needed where the base is a loaded model.
         base_name: shown for the base; by default its folder or id, or "dense".
         settings: how much is measured.
@@ -228,7 +233,7 @@ def compare(
     chosen = settings or ComparisonSettings()
     named = _named(others)
     _check_folders([base, *named.values()])
-    texts = [text for row in data if (text := row_text(row, tokenizer))]
+    texts = [text for row in data if (text := _text(row, tokenizer))]
     if not texts:
         raise ValueError("There is no text to measure on: pass at least one non-empty text or row.")
     say("loading the base")
@@ -312,6 +317,9 @@ class _Bench:
             found["exact"] = exact_match(
                 model, self.tokenizer, rows, max_new_tokens=options.max_new_tokens, progress=False
             )
+        questions = [row for row in self.data if not isinstance(row, str) and _is_question(row)][: options.rows]
+        if questions:
+            found["choices"] = multiple_choice(model, self.tokenizer, questions, progress=False)
         return found
 
     def _speed(self, model: Any) -> dict[str, Any]:
@@ -393,6 +401,17 @@ def _check_tokenizer(name: str, base: Any, other: Any) -> None:
         f"{name!r} has another tokenizer than the base ({len(other)} and {len(base)} tokens, or other ones): "
         "perplexity and disagreement would compare different things. Compare models made from one base."
     )
+
+
+def _is_question(row: Mapping[str, Any]) -> bool:
+    return {"question", "choices", "gold"} <= set(row)
+
+
+def _text(row: Row, tokenizer: Any) -> str:
+    """The text of a row; of a question with choices, that with the right one."""
+    if not isinstance(row, str) and _is_question(row):
+        return f"{row['question']} {row['choices'][row['gold']]}"
+    return row_text(row, tokenizer)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from hf_cka.evaluation.report import Highlight, ReportData, Section, library_ver
 if TYPE_CHECKING:
     from hf_cka.evaluation.compare import Comparison, Measured
 
-_PERCENT = ("removed", "exact match", "next-token accuracy", "same top token")
+_PERCENT = ("removed", "exact match", "accuracy", "accuracy, normalised", "next-token accuracy", "same top token")
 _MAX_CURVES = 6
 
 
@@ -91,6 +91,11 @@ def _notes(comparison: Comparison) -> str:
         )
     if base.exact:
         parts.append(f"exact match of {base.exact.n} rows")
+    if base.choices:
+        parts.append(
+            f"accuracy on {base.choices.n} questions by log-likelihood, and normalised by the length of the choices "
+            f"(standard error about {base.choices.standard_error:.1%})"
+        )
     if base.robustness:
         parts.append(f"next-token accuracy on {base.robustness[0].tokens:,} tokens")
     if any(model.disagreement for model in comparison.others):

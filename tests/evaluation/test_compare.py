@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_cka import PruningPlan, apply_plan, save_pruned
 from hf_cka.cli import app
-from hf_cka.evaluation import ReportData, compare, perplexity, training_curves, write_report
+from hf_cka.evaluation import ReportData, compare, multiple_choice, perplexity, training_curves, write_report
 from hf_cka.evaluation.compare import ComparisonSettings
 from tests.tiny import tiny_model
 
@@ -107,6 +107,16 @@ def test_what_cannot_be_compared_is_refused_before_it_is_measured(stories, folde
     other.save_pretrained(folders / "depth")
     with pytest.raises(ValueError, match="'depth' has another tokenizer than the base"):
         compare(model, [str(folders / "depth")], TEXTS, tokenizer=tokenizer, settings=ComparisonSettings(parts=()))
+
+
+@pytest.mark.assets
+def test_questions_are_answered_and_their_texts_serve_the_rest(stories) -> None:
+    model, tokenizer = stories
+    rows = [{"question": text[:40], "choices": [text[40:], "no"], "gold": 0} for text in TEXTS]
+    settings = ComparisonSettings(parts=("quality",), context=64, max_tokens=128)
+    found = compare(model, {"same": model}, rows, tokenizer=tokenizer, settings=settings)
+    assert found.others[0].choices.n == len(rows)
+    assert found.results()[0]["accuracy"] == multiple_choice(model, tokenizer, rows).accuracy
 
 
 @pytest.mark.parametrize(
