@@ -44,3 +44,66 @@ def test_gradual_mop_sft(assets, instructions, tmp_path, capsys):
     assert 1 - pruned.num_parameters() / dense.num_parameters() == pytest.approx(0.3, abs=0.01)
     assert json.loads((out / "final" / "config.json").read_text())["pruning"]["method"] == "mop"
     assert "| step |" in capsys.readouterr().out
+
+
+@pytest.mark.assets
+def test_cka_lora_sft(assets, instructions, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, out = str(assets / "models" / "stories260k_hf"), tmp_path / "out"
+    run = ["--model", base, "--dataset", instructions, "--keep_ratio", "0.4", "--output_dir", str(out)]
+    recipe("cka_lora_sft").main([*run, "--max_steps", "2", "--batch_size", "4", "--max_length", "32"])
+    config = json.loads((out / "final" / "adapter_config.json").read_text())
+    selection = json.loads((out / "selection.json").read_text())
+    assert config["layers_to_transform"] == selection["layers"]
+    assert len(selection["layers"]) == 2
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "final")
+    assert any(p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name), "it was trained"
+    assert "cka" in capsys.readouterr().out
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("task", ["sst2", "rte"])
+def test_glue_encoder(assets, task, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    from tests.tiny import tiny_model
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "stories260k_hf")
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "cls_token": "<cls>"})
+    model = tiny_model("bert", head="base", vocab_size=len(tokenizer), max_position_embeddings=256)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    files = {}
+    for part in ("train", "dev"):
+        rows = (assets / "glue" / f"{task}_{part}.jsonl").read_text().splitlines()[:40]
+        files[part] = tmp_path / f"{part}.jsonl"
+        files[part].write_text("\n".join(rows))
+    run = ["--model", str(tmp_path / "model"), "--train", str(files["train"]), "--validation", str(files["dev"])]
+    recipe("glue_encoder").main([*run, "--max_steps", "2", "--batch_size", "4", "--output_dir", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "final" / "adapter_config.json").read_text())
+    assert len(config["layers_to_transform"]) == 2
+    assert 0 not in config["layers_to_transform"], "the paper never adapts the first layer of an encoder"
+    assert "accuracy 0." in capsys.readouterr().out
+
+
+@pytest.mark.assets
+def test_dpo_pruned(assets, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_cka import PruningPlan, apply_plan, load_pruned, save_pruned
+
+    base = str(assets / "models" / "stories260k_hf")
+    plan = PruningPlan(num_layers=5, model_type="llama", removed_layers=(2,), removed_attention=(3,))
+    save_pruned(apply_plan(AutoModelForCausalLM.from_pretrained(base), plan), tmp_path / "pruned", verify=False)
+    rows = [{"prompt": f"Tom has {i}", "chosen": " cats.", "rejected": " dogs, and a bird."} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = ["--policy", str(tmp_path / "pruned"), "--reference", base, "--dataset", str(tmp_path / "rows.jsonl")]
+    run += ["--max_steps", "2", "--batch_size", "4", "--max_length", "32", "--learning_rate", "1e-3"]
+    recipe("dpo_pruned").main([*run, "--output_dir", str(tmp_path / "out")])
+    before, after = load_pruned(tmp_path / "pruned"), load_pruned(tmp_path / "out" / "final")
+    assert after.config.pruning["plan"] == before.config.pruning["plan"]
+    changed = zip(before.parameters(), after.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in changed)

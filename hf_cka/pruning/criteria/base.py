@@ -258,8 +258,8 @@ def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Seq
         )
     if entry.needs_adapters and not any("lora_A" in dict(m.named_children()) for m in model.modules()):
         raise ValueError(
-            f"Criterion {entry.name!r} reads LoRA adapters, and {type(model).__name__} carries none. Add some and train "
-            "(get_peft_model), or use 'taylor'."
+            f"Criterion {entry.name!r} reads LoRA adapters, and {type(model).__name__} carries none. Add some "
+            "and train them (get_peft_model), or use 'taylor'."
         )
     if entry.needs_next_token and context.anatomy.kind != "decoder":
         raise ValueError(
