@@ -10,7 +10,7 @@ TORCH  ?= 2.13.0
 JOBS   ?= 2
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test docs lint types clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,9 @@ demo: install
 test: install lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +41,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) demo_output site build *.egg-info
