@@ -30,6 +30,7 @@ _PUBLIC = {
     "find_anatomy": "hf_cka.anatomy",
     "load_pruned": "hf_cka.modeling",
     "prune": "hf_cka.pruning.pruners",
+    "recover": "hf_cka.training",
     "save_pruned": "hf_cka.modeling",
     "select_layers": "hf_cka.selection",
     "verify": "hf_cka.modeling",

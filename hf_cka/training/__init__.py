@@ -13,6 +13,10 @@ _PUBLIC = {
     "PruningSchedule": "schedule",
     "TrainerPlugin": "plugin",
     "RecoveryConfig": "recovery",
+    "DistillationConfig": "distillation",
+    "DistillationMixin": "distillation",
+    "RecoveryResult": "recovery_run",
+    "recover": "recovery_run",
     "finish_recovery": "recovery",
     "prepare_recovery": "recovery",
 }

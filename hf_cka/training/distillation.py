@@ -1,0 +1,197 @@
+"""Train a student on what its dense parent says: the loss, and the mixin that gives it to any Trainer.
+
+Which parameters are trained is in `recovery`; running the training in `recovery_run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hf_cka.anatomy import find_anatomy
+
+# Rows of logits that are turned into float32 probabilities at once.
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How much of the loss comes from the teacher.
+
+    Args:
+        weight: of the teacher, 0 to 1; the rest is the loss on the labels.
+        temperature: of both distributions; the divergence is multiplied by its square, so that gradients keep their
+            size (Hinton et al., arXiv 1503.02531).
+        hidden_weight: of the mean squared difference between hidden states of the layers that are left and the same
+            layers of the teacher, relative to the teacher's mean square; 0 leaves it out.
+
+    Raises:
+        ValueError: for numbers out of range.
+
+    Example:
+        >>> DistillationConfig(weight=0.5).temperature
+        1.0
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"weight={self.weight} must be above 0 and at most 1; without a teacher, give none.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive.")
+        if self.hidden_weight < 0:
+            raise ValueError(f"hidden_weight={self.hidden_weight} must not be negative.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON data."""
+        return asdict(self)
+
+
+def check_teacher(student: Any, teacher: Any) -> None:
+    """Refuse a teacher whose answers a student cannot be compared with.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    mine, theirs = find_anatomy(student), find_anatomy(teacher)
+    heads = [getattr(model.model, "num_labels", None) for model in (mine, theirs)]
+    sizes = [model.config.vocab_size for model in (mine, theirs)]
+    if mine.kind == "decoder" and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}: give the model that the "
+            "student was pruned from."
+        )
+    if mine.kind != "decoder" and heads[0] != heads[1]:
+        raise ValueError(f"The teacher has {heads[1]} labels and the student {heads[0]}.")
+
+
+def teacher_divergence(
+    student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Return the Kullback-Leibler divergence of a student from its teacher, summed over positions, in nats.
+
+    Probabilities are made in float32 and few rows at a time, in the backward pass as well, so that memory stays at
+    that of the logits.
+
+    Args:
+        student: logits, ``(..., classes)``.
+        teacher: logits of the same shape.
+        keep: ``(...)``, true where a position counts.
+        temperature: of both.
+
+    Source: logit distillation as in Minitron (arXiv 2407.14679).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+        >>> float(teacher_divergence(logits, logits, torch.tensor([True, True])))
+        0.0
+    """
+
+    def part(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        mine = F.log_softmax(mine.float() / temperature, dim=-1)
+        theirs = F.log_softmax(theirs.float() / temperature, dim=-1)
+        return F.kl_div(mine, theirs, log_target=True, reduction="sum") * temperature**2
+
+    student, teacher = student[keep], teacher[keep]
+    total = student.new_zeros((), dtype=torch.float32)
+    for mine, theirs in zip(student.split(_ROWS), teacher.split(_ROWS), strict=True):
+        total = total + checkpoint(part, mine, theirs, use_reentrant=False)
+    return total
+
+
+def hidden_difference(
+    student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], layers: Mapping[int, int], mask: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean squared difference of hidden states, relative to the teacher's mean square, over layers.
+
+    Args:
+        student: hidden states, the embedding's first.
+        teacher: likewise.
+        layers: student's layer -> teacher's.
+        mask: ``(batch, tokens)``, true where there is a token.
+    """
+    # the last entry comes after the final norm, so the last layer is left out
+    pairs = [(student[i + 1][mask], teacher[j + 1][mask]) for i, j in layers.items() if i + 2 < len(student)]
+    parts = [(a.float() - b.float()).square().mean() / b.float().square().mean() for a, b in pairs]
+    return torch.stack(parts).mean() if parts else student[0].new_zeros(())
+
+
+def layer_map(student: Any) -> dict[int, int]:
+    """Return which layer of the dense parent each layer of a pruned model was, from the record in its config.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_cka import PruningPlan, apply_plan
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     num_hidden_layers=3, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
+        ... ))
+        >>> layer_map(apply_plan(model, PruningPlan(3, "llama", removed_layers=(1,))))
+        {0: 0, 1: 2}
+    """
+    from hf_cka.pruning.plan import PruningPlan
+
+    anatomy = find_anatomy(student)
+    record = getattr(anatomy.config, "pruning", None) or {}
+    if "plan" not in record:
+        return {i: i for i in range(anatomy.num_layers)}
+    return dict(enumerate(PruningPlan.from_dict(record["plan"]).kept_layers))
+
+
+class DistillationMixin:
+    """Mixed into a `Trainer` or `SFTTrainer` class: the loss looks at a teacher as well.
+
+    Attributes:
+        teacher: the dense model, in eval mode, on the student's device.
+        distillation: how much of the loss it makes.
+
+    Example:
+        >>> class DistillingTrainer(DistillationMixin, SFTTrainer): ...  # doctest: +SKIP
+        >>> trainer = DistillingTrainer(model=pruned, ...)  # doctest: +SKIP
+        >>> trainer.teacher, trainer.distillation = dense.eval(), DistillationConfig()  # doctest: +SKIP
+    """
+
+    teacher: Any
+    distillation: DistillationConfig
+    accelerator: Any
+    args: Any
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mixture of the loss on the labels and the divergence from the teacher."""
+        settings = self.distillation
+        inputs, labels = dict(inputs), inputs["labels"]
+        del inputs["labels"]
+        if settings.hidden_weight:
+            inputs["output_hidden_states"] = True
+        outputs = model(**inputs)
+        with torch.inference_mode():
+            answers = self.teacher(**inputs)
+        student, teacher = outputs.logits, answers.logits.clone()
+        if student.ndim == 3 and labels.ndim == 2 and find_anatomy(self.teacher).kind == "decoder":
+            student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+        keep = labels != -100
+        count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = settings.weight * teacher_divergence(student, teacher, keep, settings.temperature)
+        if settings.weight < 1:
+            loss = loss + (1 - settings.weight) * F.cross_entropy(student[keep].float(), labels[keep], reduction="sum")
+        loss = loss / count.to(loss.device).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is that of all, and DDP averages
+        if settings.hidden_weight:
+            mask = inputs.get("attention_mask")
+            mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+            theirs = tuple(hidden.clone() for hidden in answers.hidden_states)
+            bare = self.accelerator.unwrap_model(model)
+            bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+            difference = hidden_difference(outputs.hidden_states, theirs, layer_map(bare), mask)
+            loss = loss + settings.hidden_weight * difference
+        return (loss, outputs) if return_outputs else loss
