@@ -57,9 +57,10 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def added_weight(module: Any) -> torch.Tensor | None:
-    """Return what the active adapters add to the weight of a projection, in its layout; None without any.
+    """Return what the active LoRA adapters add to the weight of a projection, in its layout; None without any.
 
-    The model computes with weight plus this, so a criterion that reads weights reads the sum.
+    The model computes with weight plus this, so a criterion that reads weights reads the sum. Adapters that were
+    merged are in the weight already; variants that also rescale it (DoRA) count as plain LoRA.
 
     Args:
         module: a projection, with or without adapters.
@@ -68,10 +69,19 @@ def added_weight(module: Any) -> torch.Tensor | None:
         >>> added_weight(nn.Linear(2, 2)) is None
         True
     """
-    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
-        return None
-    deltas = [module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A]
+    deltas = [module.get_delta_weight(name) for name in active_adapters(module)]
     return torch.stack(deltas).sum(dim=0).detach() if deltas else None
+
+
+def active_adapters(module: Any) -> list[str]:
+    """Return the LoRA adapters that a projection adds now, merged ones left out.
+
+    Args:
+        module: a projection, with or without adapters.
+    """
+    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def check_adapters(anatomy: Anatomy, plan: PruningPlan) -> None:

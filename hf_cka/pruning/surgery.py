@@ -32,7 +32,8 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     all heads: their mean square is over the heads that are left.
 
     LoRA adapters that the model carries are pruned with it, the same rows and columns, and their configs name the new
-    layers: `save_pretrained` of the `PeftModel` writes an adapter for the pruned model.
+    layers: `save_pretrained` of the `PeftModel` writes an adapter for the pruned model, which `peft_model.unload()`
+    gives, for `save_pruned`.
 
     Args:
         model: a `PreTrainedModel` with any head, with or without LoRA adapters, or the `PeftModel` around it.

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
+from hf_cka.pruning.adapters import active_adapters
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, WidthScores
 from hf_cka.pruning.criteria.controls import requiring_gradients
 from hf_cka.pruning.criteria.groups import Values, group_sums, projection_matrix
@@ -85,16 +86,9 @@ def _adapted(anatomy: Anatomy) -> _Adapted:
     for layer in range(anatomy.num_layers):
         for role, path in anatomy.projections(layer).items():
             module: Any = anatomy.layer(layer).get_submodule(path)
-            if _active(module):
+            if active_adapters(module):
                 found[layer, role] = module
     return found
-
-
-def _active(module: Any) -> list[str]:
-    """The adapters that the projection adds now; merged ones are part of its weight already."""
-    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
-        return []
-    return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def _whole(anatomy: Anatomy, adapted: _Adapted, part: str) -> bool:
@@ -125,7 +119,7 @@ def _importance(context: ScoringContext, adapted: _Adapted) -> Values:
     factors = [
         factors[name].weight
         for module in adapted.values()
-        for name in _active(module)
+        for name in active_adapters(module)
         for factors in (module.lora_A, module.lora_B)
     ]
     sums = [torch.zeros_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
@@ -146,7 +140,7 @@ def _importance(context: ScoringContext, adapted: _Adapted) -> Values:
         if module is None:
             return None
         estimate: Any = 0.0
-        for name in _active(module):
+        for name in active_adapters(module):
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
             da, db = gradients[id(a)], gradients[id(b)]
             estimate = estimate + module.scaling[name] * (db @ a.detach().to(db) + b.detach().to(da) @ da - db @ da)
