@@ -31,10 +31,7 @@ def test_a_method_has_its_equation_source_deviations_result_and_use(page):
         assert part in text
 
 
-def test_every_page_is_in_the_navigation_and_every_committed_table_in_a_page():
+def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES:
         assert str(page.relative_to(DOCS)) in navigation
-    shown = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "results").glob("*.md"))
-    for table in (ROOT / "benchmarks" / "results").glob("*.md"):
-        assert f"benchmarks/results/{table.name}" in shown, f"{table.name} has no page; add one in docs/results"

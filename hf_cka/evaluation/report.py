@@ -207,6 +207,8 @@ def format_cell(cell: Cell) -> str:
     Example:
         >>> format_cell(19.5019), format_cell(True), format_cell(None), format_cell(1.7e6)
         ('19.50', 'yes', '–', '1.700e+06')
+        >>> format_cell(54403.2) == "54\u2009400"
+        True
         >>> format_cell(134515008) == "134\u2009515\u2009008"
         True
     """
@@ -219,6 +221,8 @@ def format_cell(cell: Cell) -> str:
     if isinstance(cell, float):
         if not math.isfinite(cell):
             return {math.inf: "∞", -math.inf: "−∞"}.get(cell, "not a number")
+        if 1e4 <= abs(cell) < 1e6:
+            return f"{float(f'{cell:.4g}'):,.0f}".replace(",", "\u2009")
         return f"{cell:#.4g}".removesuffix(".")
     return cell
 
