@@ -27,6 +27,7 @@ _PUBLIC = {
     "calibration": "hf_cka.data",
     "cka": "hf_cka.similarity",
     "collect": "hf_cka.representations",
+    "evaluate": "hf_cka.evaluation.tasks",
     "find_anatomy": "hf_cka.anatomy",
     "load_pruned": "hf_cka.modeling",
     "prune": "hf_cka.pruning.pruners",

@@ -25,7 +25,7 @@ ROOMS = (
     "hub",
     "cli",
 )
-HEAVY = ("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn")
+HEAVY = ("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn", "lm_eval", "codecarbon")
 
 
 def _room(module: str) -> str:

@@ -12,6 +12,7 @@ import hf_cka
 from hf_cka.cli.card import card_command
 from hf_cka.cli.compare import compare_command
 from hf_cka.cli.demo import demo_command
+from hf_cka.cli.evaluate import evaluate_command
 from hf_cka.cli.prune import prune_command
 from hf_cka.cli.push import push_command
 from hf_cka.cli.select import select_command
@@ -70,6 +71,7 @@ for _name, _command in (
     ("prune", prune_command),
     ("verify", verify_command),
     ("compare", compare_command),
+    ("evaluate", evaluate_command),
     ("card", card_command),
     ("push", push_command),
     ("demo", demo_command),

@@ -18,6 +18,7 @@ from hf_cka.evaluation.blocks import (
     Strip,
     Table,
 )
+from hf_cka.evaluation.classification import Classification, classify, classify_by_words
 from hf_cka.evaluation.compare import Comparison, ComparisonSettings, compare
 from hf_cka.evaluation.disagreement import Disagreements, disagreements
 from hf_cka.evaluation.efficiency import (
@@ -35,11 +36,13 @@ from hf_cka.evaluation.robustness import Robustness, robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, Example, completion_loss, exact_match
 from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
 from hf_cka.evaluation.structure import layer_strip, original_layers
+from hf_cka.evaluation.tasks import EvaluationResult, EvaluationSettings, TaskResult, evaluate
 from hf_cka.evaluation.training_curves import training_curves
 
 __all__ = [
     "Check",
     "Checks",
+    "Classification",
     "Comparison",
     "ComparisonSettings",
     "CompletionLoss",
@@ -47,6 +50,8 @@ __all__ = [
     "Curves",
     "DecodeSpeed",
     "Disagreements",
+    "EvaluationResult",
+    "EvaluationSettings",
     "ExactMatch",
     "Example",
     "Excerpt",
@@ -68,11 +73,15 @@ __all__ = [
     "Section",
     "Strip",
     "Table",
+    "TaskResult",
+    "classify",
+    "classify_by_words",
     "compare",
     "completion_loss",
     "count_parameters",
     "decode_speed",
     "disagreements",
+    "evaluate",
     "exact_match",
     "layer_similarity",
     "layer_strip",

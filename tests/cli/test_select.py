@@ -96,7 +96,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, stories_file, tmp_path
 
 
 def test_help_fits_a_screen_and_gives_an_example():
-    for command in ("select", "prune", "verify", "card", "push", "demo"):
+    for command in ("select", "prune", "verify", "evaluate", "card", "push", "demo"):
         text = _run(command, "--help").output
         assert "Example: hf-cka" in text
         assert len(text.splitlines()) < 70
