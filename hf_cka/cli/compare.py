@@ -22,8 +22,8 @@ def compare_command(
         "comparison"
     ),
     parts: Annotated[
-        str, typer.Option(help="What to measure, separated by commas.")
-    ] = "quality,speed,similarity,disagreement,robustness",
+        str, typer.Option(help="Of quality,speed,similarity,disagreement,robustness: those to measure.")
+    ] = "all",
     max_tokens: Annotated[int, typer.Option(help="Tokens of text for perplexity.")] = 4096,
     context: Annotated[int, typer.Option(help="Window of perplexity, in tokens.")] = 512,
     rows: Annotated[int, typer.Option(help="Rows for exact match, texts for robustness.")] = 32,
@@ -43,14 +43,14 @@ def compare_command(
     """
     from hf_cka.data import load_rows, public_name
     from hf_cka.evaluation import write_report
-    from hf_cka.evaluation.compare import ComparisonSettings, compare
+    from hf_cka.evaluation.compare import PARTS, ComparisonSettings, compare
 
     try:
         shares = tuple(float(rate) for rate in rates.split(","))
     except ValueError as error:
         raise ValueError(f"--rates {rates!r} must be numbers separated by commas, such as 0.05,0.2.") from error
     settings = ComparisonSettings(
-        parts=tuple(part.strip() for part in parts.split(",")),
+        parts=PARTS if parts == "all" else tuple(part.strip() for part in parts.split(",")),
         context=context,
         max_tokens=max_tokens,
         rows=rows,

@@ -25,6 +25,7 @@ from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
 from hf_cka.evaluation.structure import layer_strip
 from hf_cka.evaluation.training_curves import training_curves
 from hf_cka.lookup import lookup
+from hf_cka.modeling.loading import load_model, weight_files
 from hf_cka.representations import collect
 
 if TYPE_CHECKING:
@@ -233,11 +234,13 @@ def compare(
     chosen = settings or ComparisonSettings()
     named = _named(others)
     _check_folders([base, *named.values()])
-    texts = [text for row in data if (text := _text(row, tokenizer))]
-    if not texts:
-        raise ValueError("There is no text to measure on: pass at least one non-empty text or row.")
+    if not len(data):
+        raise ValueError("There is no text to measure on: data is empty. Pass at least one text or row.")
     say("loading the base")
     model, tokens = _loaded(base, tokenizer, device, dtype)
+    texts = [text for row in data if (text := _text(row, tokens))]
+    if not texts:
+        raise ValueError(f"There is no text to measure on: all {len(data)} rows are empty.")
     name = base_name or (public_name(base) if isinstance(base, str) else "") or "dense"
     if name in named:
         name = f"{name} (base)"
@@ -275,7 +278,7 @@ class _Bench:
         folder = Path(origin).expanduser() if isinstance(origin, str) else None
         if folder is not None and folder.is_dir():
             found["curves"] = training_curves(folder)
-            found["file_bytes"] = sum(file.stat().st_size for file in _weight_files(folder)) or None
+            found["file_bytes"] = sum(file.stat().st_size for file in weight_files(folder)) or None
         if "quality" in parts:
             self.say(f"quality of {name}")
             found |= self._quality(model)
@@ -324,13 +327,13 @@ class _Bench:
 
     def _speed(self, model: Any) -> dict[str, Any]:
         """Short measurements of base and model in turn, so that a drift of the machine hits both."""
+        turn = (model,) if model is self.base else (self.base, model)
         speeds = [
-            [decode_speed(which, prompt_tokens=12, new_tokens=24, repeats=1, progress=False).tokens_per_second
-             for which in (self.base, model)]
+            [decode_speed(which, prompt_tokens=12, new_tokens=24, repeats=1, progress=False) for which in turn]
             for _ in range(self.settings.repeats)
-        ]  # fmt: skip
-        ratio = 1.0 if model is self.base else median(after / before for before, after in speeds)
-        return {"tokens_per_second": median(after for _, after in speeds), "speed_ratio": ratio}
+        ]
+        ratio = median(row[-1].tokens_per_second / row[0].tokens_per_second for row in speeds)
+        return {"tokens_per_second": median(row[-1].tokens_per_second for row in speeds), "speed_ratio": ratio}
 
     def _compare(self, name: str, model: Any, found: dict[str, Any]) -> None:
         options = self.settings
@@ -389,8 +392,6 @@ def _loaded(model: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, A
         if tokenizer is None:
             raise ValueError("A loaded model needs its tokenizer: pass tokenizer=...")
         return model, tokenizer
-    from hf_cka.modeling.loading import load_model
-
     return load_model(model, device, dtype)
 
 
@@ -412,7 +413,3 @@ def _text(row: Row, tokenizer: Any) -> str:
     if not isinstance(row, str) and _is_question(row):
         return f"{row['question']} {row['choices'][row['gold']]}"
     return row_text(row, tokenizer)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]

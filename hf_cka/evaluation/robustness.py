@@ -178,7 +178,8 @@ def robustness(
             if read and scored:
                 rows.append((read, scored))
         nll, right, tokens = _score(model, tokenizer, rows, batch_size)
-        found.append(Robustness(name, rate, _exp(nll / tokens), right / tokens, tokens))
+        mean = nll / tokens
+        found.append(Robustness(name, rate, math.exp(mean) if mean < 700 else math.inf, right / tokens, tokens))
     return tuple(found)
 
 
@@ -227,10 +228,3 @@ def _neighbours(letter: str) -> str:
     place = row.find(letter.lower())
     near = (row[max(place - 1, 0) : place] + row[place + 1 : place + 2]) if row else ""
     return near.upper() if letter.isupper() else near
-
-
-def _exp(nll: float) -> float:
-    try:
-        return math.exp(nll)
-    except OverflowError:
-        return math.inf

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_cka.data import Batch
 from hf_cka.evaluation.blocks import Heatmap, LayerScores
-from hf_cka.evaluation.structure import original_layers
+from hf_cka.evaluation.structure import num_original_layers, original_layers
 from hf_cka.representations import Pooling, Readouts, collect
 from hf_cka.similarity import pairwise_similarity
 
@@ -140,13 +140,10 @@ def layer_similarity(
     if iter(batches) is batches:
         raise ValueError("batches is an iterator, which only one of two models could read; pass a list.")
     rows, columns = original_layers(base), original_layers(other)
-    count = max(rows + columns) + 1
-    for model in (base, other):
-        record = getattr(model.config, "pruning", None)
-        count = max(count, record["plan"]["num_layers"] if record else 0)
-    if max(rows) != count - 1 and getattr(base.config, "pruning", None) is None:
+    count, theirs = num_original_layers(base), num_original_layers(other)
+    if count != theirs:
         raise ValueError(
-            f"The base has {len(rows)} layers, but the other model comes from one with {count}: they are not related."
+            f"The base comes from a model with {count} layers, the other from one with {theirs}: they are not related."
         )
     before = base_readouts or collect(base, batches, pooling=pooling, progress=progress)
     after = collect(other, batches, pooling=pooling, progress=progress)

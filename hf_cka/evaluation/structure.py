@@ -33,6 +33,17 @@ def original_layers(model: Any) -> tuple[int, ...]:
     return tuple(range(anatomy.num_layers)) if plan is None else plan.kept_layers
 
 
+def num_original_layers(model: Any) -> int:
+    """Return how many layers the model had that this one was pruned from; its own number if it never was.
+
+    Args:
+        model: any supported model, pruned or not.
+    """
+    anatomy = find_anatomy(model)
+    plan = _plan(anatomy.config)
+    return anatomy.num_layers if plan is None else plan.num_layers
+
+
 def layer_strip(name: str, model: Any) -> Strip:
     """Return what is left of each layer, to be drawn: whole layers, attention, MLP, and their widths.
 

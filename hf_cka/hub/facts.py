@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
+from hf_cka.modeling.loading import weight_files
 from hf_cka.pruning.plan import PruningPlan
 
 SCORES_FILE = "pruning_scores.json"
@@ -141,19 +142,6 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         base_name=bare_name(record.get("base_model")),
         has_tokenizer=(path / "tokenizer_config.json").is_file(),
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-
-    Example:
-        >>> weight_files(Path("nowhere"))
-        []
-    """
-    return sorted(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern))
 
 
 def hub_id(name: Any) -> str | None:

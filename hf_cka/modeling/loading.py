@@ -71,3 +71,16 @@ def best_device(device: str = "auto") -> torch.device:
         return torch.device(device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+
+    Example:
+        >>> weight_files(Path("nowhere"))
+        []
+    """
+    return sorted(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern))

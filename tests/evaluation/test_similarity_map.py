@@ -58,7 +58,7 @@ def test_the_layer_that_was_changed_is_named_first(batches) -> None:
 
 def test_models_that_are_not_related_are_refused(batches) -> None:
     pruned = apply_plan(tiny_model("llama"), PruningPlan(num_layers=4, model_type="llama", removed_layers=(3,)))
-    with pytest.raises(ValueError, match="comes from one with 4"):
+    with pytest.raises(ValueError, match="from a model with 3 layers, the other from one with 4"):
         layer_similarity(tiny_model("llama", num_hidden_layers=3), pruned, batches)
     with pytest.raises(ValueError, match="pass a list"):
         layer_similarity(pruned, pruned, iter(batches))
