@@ -59,27 +59,26 @@ RANK = 8
 CALIBRATION_SAMPLES = 128
 
 
-class StepTimes:
-    """A callback of the Trainer: the seconds of every step.
+def step_times() -> Any:
+    """Return a callback of the Trainer that notes the seconds of every step.
 
     On a CPU they are the processor's, which a busy machine changes less than the clock's.
     """
+    from transformers import TrainerCallback
 
-    def __new__(cls) -> Any:
-        from transformers import TrainerCallback
+    clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
 
-        class _StepTimes(TrainerCallback):
-            def __init__(self) -> None:
-                self.seconds: list[float] = []
-                self.clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
+    class StepTimes(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
 
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                self.start = self.clock()
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = clock()
 
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                self.seconds.append(self.clock() - self.start)
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(clock() - self.start)
 
-        return _StepTimes()
+    return StepTimes()
 
 
 def adapted(model: Any, tokenizer: Any, texts: Sequence[Any], name: str, task_type: str, options: Any) -> Any:
@@ -144,7 +143,7 @@ def sst2(name: str, options: Any) -> dict[str, Any]:
             ]
         )
 
-    times = StepTimes()
+    times = step_times()
     trainer = Trainer(
         model,
         TrainingArguments(**arguments(options, 16, 1e-3), per_device_eval_batch_size=32),
@@ -176,7 +175,7 @@ def instruct(name: str, options: Any) -> dict[str, Any]:
     ]
     train, held_out = rows[:1000], rows[1000:]
     model = adapted(model, tokenizer, [row["prompt"] + row["completion"] for row in train], name, "CAUSAL_LM", options)
-    times = StepTimes()
+    times = step_times()
     trainer = SFTTrainer(
         model,
         # without checkpointing: its second forward pass costs the same wherever the adapters are
@@ -243,12 +242,25 @@ def table(task: str, runs: dict[str, dict[str, Any]], options: Any) -> str:
         for name in found
         if name != "CKA half" and abs(mean[name] - mean["CKA half"]) <= spread[name] + spread["CKA half"]
     ]
-    count = len(base)
-    verdict = f"{count} seeds do not separate CKA half from: {', '.join(close) or 'none of them'} (the means differ by "
-    verdict += "less than the two standard deviations added)."
-    absolute = f"All layers: {statistics.median(r['seconds'] for r in base):.2f} s a step, "
-    absolute += f"{statistics.median(r['added_bytes'] for r in base) / 2**20:.0f} MiB added."
-    return "\n".join([*lines, "", absolute, "", verdict])
+    return "\n".join([*lines, "", absolute(base), "", verdict(len(base), close)])
+
+
+def absolute(rows: Sequence[dict[str, Any]]) -> str:
+    """What the ratios are of."""
+    seconds, added = (statistics.median(row[field] for row in rows) for field in ("seconds", "added_bytes"))
+    return f"All layers: {seconds:.2f} s a step, {added / 2**20:.0f} MiB added."
+
+
+def verdict(seeds: int, close: Sequence[str]) -> str:
+    """Which differences the seeds can carry."""
+    if seeds < 2:
+        return "One seed cannot tell these apart."
+    if not close:
+        return f"Over {seeds} seeds every row differs from CKA half by more than the two standard deviations added."
+    return (
+        f"{seeds} seeds do not separate CKA half from {', '.join(close)}: the means differ by less than the two standard "
+        "deviations added."
+    )
 
 
 def key(task: str, name: str, seed: int, options: Any) -> str:
@@ -310,7 +322,7 @@ Mean and standard deviation of the quality over the seeds (each draws the adapte
 random half anew; the layers by CKA and block influence come from 128 training samples, once). Step time and memory are
 medians over the seeds, as ratios to adapters in all layers; time is that of the processor where training runs on a CPU.
 Memory is resident memory, sampled in a fresh process for every run: what training adds to the loaded model, and the
-peak of the whole process.
+peak of the whole process. Choosing the layers, one forward pass over the 128 samples, is not counted.
 """
 
 
