@@ -258,8 +258,8 @@ def verdict(seeds: int, close: Sequence[str]) -> str:
     if not close:
         return f"Over {seeds} seeds every row differs from CKA half by more than the two standard deviations added."
     return (
-        f"{seeds} seeds do not separate CKA half from {', '.join(close)}: the means differ by less than the two standard "
-        "deviations added."
+        f"{seeds} seeds do not separate CKA half from {', '.join(close)}: the means differ by less than the two "
+        "standard deviations added."
     )
 
 
