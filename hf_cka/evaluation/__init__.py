@@ -20,6 +20,7 @@ from hf_cka.evaluation.blocks import (
 )
 from hf_cka.evaluation.classification import Classification, classify, classify_by_words
 from hf_cka.evaluation.compare import Comparison, ComparisonSettings, compare
+from hf_cka.evaluation.cost import Efficiency, Flops, count_flops, measure_efficiency
 from hf_cka.evaluation.disagreement import Disagreements, disagreements
 from hf_cka.evaluation.efficiency import (
     DecodeSpeed,
@@ -29,6 +30,7 @@ from hf_cka.evaluation.efficiency import (
     decode_speed,
     peak_memory,
 )
+from hf_cka.evaluation.energy import Energy, generation_energy
 from hf_cka.evaluation.language import Perplexity, perplexity
 from hf_cka.evaluation.multiple_choice import MultipleChoice, ScoredItem, multiple_choice
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions, write_report
@@ -50,12 +52,15 @@ __all__ = [
     "Curves",
     "DecodeSpeed",
     "Disagreements",
+    "Efficiency",
+    "Energy",
     "EvaluationResult",
     "EvaluationSettings",
     "ExactMatch",
     "Example",
     "Excerpt",
     "Excerpts",
+    "Flops",
     "Frontier",
     "Heatmap",
     "Highlight",
@@ -78,14 +83,17 @@ __all__ = [
     "classify_by_words",
     "compare",
     "completion_loss",
+    "count_flops",
     "count_parameters",
     "decode_speed",
     "disagreements",
     "evaluate",
     "exact_match",
+    "generation_energy",
     "layer_similarity",
     "layer_strip",
     "library_versions",
+    "measure_efficiency",
     "multiple_choice",
     "original_layers",
     "peak_memory",
