@@ -24,6 +24,10 @@ def compare_command(
     parts: Annotated[
         str, typer.Option(help="Of quality,speed,similarity,disagreement,robustness: those to measure.")
     ] = "all",
+    tasks: Annotated[
+        str | None, typer.Option(help="Further tasks, as of hf-cka evaluate; such as piqa,arc_easy of lm-eval.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of text for perplexity.")] = 4096,
     context: Annotated[int, typer.Option(help="Window of perplexity, in tokens.")] = 512,
     rows: Annotated[int, typer.Option(help="Rows for exact match, texts for robustness.")] = 32,
@@ -51,6 +55,8 @@ def compare_command(
         raise ValueError(f"--rates {rates!r} must be numbers separated by commas, such as 0.05,0.2.") from error
     settings = ComparisonSettings(
         parts=PARTS if parts == "all" else tuple(part.strip() for part in parts.split(",")),
+        tasks=tuple(task.strip() for task in tasks.split(",")) if tasks else (),
+        limit=limit,
         context=context,
         max_tokens=max_tokens,
         rows=rows,

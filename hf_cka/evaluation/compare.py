@@ -6,7 +6,7 @@ What is measured is in the modules beside this one; how it is put into a report 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,8 @@ from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, completion_loss, 
 from hf_cka.evaluation.running import check_causal, context_limit
 from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
 from hf_cka.evaluation.structure import layer_strip
-from hf_cka.evaluation.training_curves import training_curves
+from hf_cka.evaluation.tasks import EvaluationSettings, evaluate
+from hf_cka.evaluation.training_curves import log_curves, training_curves
 from hf_cka.lookup import lookup
 from hf_cka.modeling.loading import load_model, weight_files
 from hf_cka.representations import collect
@@ -43,6 +44,8 @@ class ComparisonSettings:
 
     Args:
         parts: of ``PARTS``: what to measure.
+        tasks: further ones, as :func:`hf_cka.evaluate` takes them: tasks of lm-evaluation-harness among them.
+        limit: rows of each task; all by default.
         context: window of perplexity, in tokens; shorter where the model's own context is.
         max_tokens: tokens of text for perplexity.
         rows: prompt/completion rows for loss and exact match, texts for robustness.
@@ -64,6 +67,8 @@ class ComparisonSettings:
     """
 
     parts: tuple[str, ...] = PARTS
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
     context: int = 512
     max_tokens: int = 4096
     rows: int = 32
@@ -104,6 +109,7 @@ class Measured:
         disagreement: with the base.
         robustness: under each damage; the clean row first.
         curves: losses of its training.
+        tasks: metrics of the further tasks, by "task metric".
         notes: what could not be measured, and why.
     """
 
@@ -122,6 +128,7 @@ class Measured:
     disagreement: Disagreements | None = None
     robustness: tuple[Robustness, ...] = ()
     curves: tuple[Curve, ...] = ()
+    tasks: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -181,6 +188,7 @@ class Comparison:
             "exact match": model.exact.value if model.exact else None,
             "accuracy": model.choices.accuracy if model.choices else None,
             "accuracy, normalised": model.choices.accuracy_norm if model.choices else None,
+            **model.tasks,
             "next-token accuracy": clean.accuracy if clean else None,
             "KL to base": model.disagreement.kl if model.disagreement else None,
             "same top token": model.disagreement.same_top if model.disagreement else None,
@@ -199,6 +207,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase | None = None,
     base_name: str = "",
     settings: ComparisonSettings | None = None,
+    logs: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
     source: str = "",
     device: str = "auto",
     dtype: str = "auto",
@@ -217,6 +226,8 @@ def compare(
         tokenizer: of all models; needed where the base is a loaded model.
         base_name: shown for the base; by default its folder or id, or "dense".
         settings: how much is measured.
+        logs: training logs by name of the model (the ``log`` of `hf_cka.recover`), whose losses are drawn; those that
+            folders hold are found by themselves.
         source: name of the data, for the record.
         device: for models given by name.
         dtype: for models given by name.
@@ -244,7 +255,7 @@ def compare(
     name = base_name or (public_name(base) if isinstance(base, str) else "") or "dense"
     if name in named:
         name = f"{name} (base)"
-    bench = _Bench(model, tokens, data, texts, chosen, say)
+    bench = _Bench(model, tokens, data, texts, chosen, dict(logs or {}), say)
     reference = bench.measure(name, model, base)
     measured = []
     for other, what in named.items():
@@ -266,6 +277,7 @@ class _Bench:
     data: Sequence[Row]
     texts: list[str]
     settings: ComparisonSettings
+    logs: Mapping[str, Iterable[Mapping[str, Any]]]
     say: Callable[[str], None]
     _readouts: Any = field(default=None, init=False)
     _batches: Any = field(default=None, init=False)
@@ -279,6 +291,13 @@ class _Bench:
         if folder is not None and folder.is_dir():
             found["curves"] = training_curves(folder)
             found["file_bytes"] = sum(file.stat().st_size for file in weight_files(folder)) or None
+        if name in self.logs:
+            found["curves"] = log_curves(self.logs[name])
+        if options.tasks:
+            self.say(f"tasks of {name}")
+            limits = EvaluationSettings(limit=options.limit, seed=options.seed)
+            results = evaluate(model, options.tasks, tokenizer=self.tokenizer, settings=limits, progress=False).tasks
+            found["tasks"] = {f"{r.task} {metric}": value for r in results for metric, value in r.metrics.items()}
         if "quality" in parts:
             self.say(f"quality of {name}")
             found |= self._quality(model)

@@ -42,7 +42,10 @@ def comparison_report(comparison: Comparison, *, title: str = "", command: str =
         *_curves(comparison.models),
     ]
     settings: dict[str, Cell] = {"data": comparison.source or "not named", "device": comparison.device}
-    for name, value in asdict(comparison.settings).items():
+    measured = asdict(comparison.settings)
+    if not measured.pop("tasks"):  # the columns name them, without folders of this machine
+        measured.pop("limit")
+    for name, value in measured.items():
         settings[name.replace("_", " ")] = ", ".join(map(str, value)) if isinstance(value, tuple) else value
     return ReportData(
         title=title or f"{names} against {base.name}",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hf_cka.evaluation.blocks import Curve
 
@@ -42,6 +44,20 @@ def training_curves(folder: str | os.PathLike[str], name: str = "") -> tuple[Cur
         raise ValueError(
             f"{str(file)!r} is not JSON ({error}); remove it, or save the trainer's state again."
         ) from error
+    return log_curves(log, name)
+
+
+def log_curves(log: Iterable[Mapping[str, Any]], name: str = "") -> tuple[Curve, ...]:
+    """Return the losses in a Trainer's log over the steps.
+
+    Args:
+        log: ``trainer.state.log_history``, or the ``log`` of what `hf_cka.recover` returned.
+        name: put before the name of each curve.
+
+    Example:
+        >>> log_curves([{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": 2.25}])[1]
+        Curve(name='evaluation', points=((2.0, 2.25),))
+    """
     curves = []
     for key, kind in _LOSSES.items():
         points = tuple((float(entry["step"]), float(entry[key])) for entry in log if key in entry and "step" in entry)

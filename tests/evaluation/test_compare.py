@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_cka import PruningPlan, apply_plan, save_pruned
 from hf_cka.cli import app
-from hf_cka.evaluation import ReportData, compare, multiple_choice, perplexity, training_curves, write_report
+from hf_cka.evaluation import ReportData, compare, evaluate, multiple_choice, perplexity, training_curves, write_report
 from hf_cka.evaluation.compare import ComparisonSettings
 from tests.tiny import tiny_model
 
@@ -46,7 +46,9 @@ def folders(stories, tmp_path):
 def test_every_part_is_measured_and_says_the_same_everywhere(stories, tmp_path) -> None:
     model, tokenizer = stories
     others = {"depth": _prune(model, removed_layers=(2,)), "same": copy.deepcopy(model)}
-    found = compare(model, others, TEXTS, tokenizer=tokenizer, settings=SMALL, source="stories")
+    log = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+    found = compare(model, others, TEXTS, tokenizer=tokenizer, settings=SMALL, logs={"depth": log}, source="stories")
+    assert [curve.points[-1] for curve in found.others[0].curves] == [(2.0, 2.5)]
     depth, same = found.others
     assert found.base.name == "dense"
     assert same.perplexity == found.base.perplexity
@@ -107,6 +109,21 @@ def test_what_cannot_be_compared_is_refused_before_it_is_measured(stories, folde
     other.save_pretrained(folders / "depth")
     with pytest.raises(ValueError, match="'depth' has another tokenizer than the base"):
         compare(model, [str(folders / "depth")], TEXTS, tokenizer=tokenizer, settings=ComparisonSettings(parts=()))
+
+
+@pytest.mark.assets
+def test_further_tasks_are_measured_on_every_model(stories, tmp_path) -> None:
+    model, tokenizer = stories
+    (tmp_path / "test.txt").write_text("\n\n".join(TEXTS))
+    task = f"perplexity:{tmp_path / 'test.txt'}"
+    settings = ComparisonSettings(parts=(), tasks=(task,))
+    found = compare(model, {"same": model}, TEXTS, tokenizer=tokenizer, settings=settings)
+    expected = evaluate(model, [task], tokenizer=tokenizer, progress=False).tasks[0]
+    for row in found.results():
+        assert row[f"{expected.task} perplexity"] == pytest.approx(expected.metrics["perplexity"])
+    unknown = ComparisonSettings(parts=(), tasks=("perplexitty",))
+    with pytest.raises(ValueError, match="Did you mean: 'perplexity'"):
+        compare(model, {"same": model}, TEXTS, tokenizer=tokenizer, settings=unknown)
 
 
 @pytest.mark.assets
