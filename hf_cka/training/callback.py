@@ -22,6 +22,10 @@ from hf_cka.training.schedule import PruningSchedule
 from hf_cka.training.structure import change_structure
 
 
+# how the names of metrics end that rise when the model gets worse
+_LOWER_IS_BETTER = ("loss", "perplexity")
+
+
 class BoundaryDueError(RuntimeError):
     """Training was resumed at a boundary that was not pruned before the run was killed."""
 
@@ -38,7 +42,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         schedule: when. By default ``config.steps`` events (or one) from the first step to the middle of the training.
         calibration_samples: rows of the training set that criteria and repairs look at, the same at every event.
         metric: stop pruning when this evaluation metric ("eval_loss") has become worse than before the first event...
-        max_change: ...by more than this: risen for a loss, fallen for anything else.
+        max_change: ...by more than this: risen for a loss or perplexity, fallen for anything else.
         boundary: do not prune in the loop, but stop there; `TrainerPlugin` sets it.
 
     Raises:
@@ -153,7 +157,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.baseline is None:
             self.baseline = float(metrics[self.metric])
         worse = float(metrics[self.metric]) - self.baseline
-        if not self.metric.endswith("loss"):
+        if not self.metric.endswith(_LOWER_IS_BETTER):
             worse = -worse
         self.stopped = self.stopped or worse > self.max_change
 

@@ -50,6 +50,16 @@ def check_run(callback: PruningCallback, args: TrainingArguments, model: Any, op
         )
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size=True starts training again in a model that may be pruned. Turn it off.")
+    if callback.boundary and args.save_only_model:
+        raise ValueError(
+            "mode='boundary' goes on from a checkpoint, and with save_only_model=True that holds neither optimizer nor "
+            "learning rate: both would start again. Set save_only_model=False, or use mode='inplace'."
+        )
+    if callback.boundary and args.ignore_data_skip:
+        raise ValueError(
+            "mode='boundary' goes on from a checkpoint, and with ignore_data_skip=True that would begin the data "
+            "again. Set ignore_data_skip=False, or use mode='inplace'."
+        )
     if args.restore_callback_states_from_checkpoint and callback.trainer is not None:
         raise ValueError("The plugin restores its own state; set restore_callback_states_from_checkpoint=False.")
     if callback.metric is not None and not (args.eval_on_start and str(args.eval_strategy) != "no"):

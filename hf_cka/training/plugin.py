@@ -26,6 +26,8 @@ from hf_cka.training.schedule import PruningSchedule
 
 # folder beside the checkpoints with the pruned model, where those hold adapters alone
 BASE = "pruned_base"
+# how the name of a dense checkpoint ends while its pruned successor takes its place
+_REPLACED = ".dense"
 #: how the structure is changed -> what that means
 MODES: Mapping[str, str] = {
     "inplace": "between two steps of the running loop",
@@ -132,6 +134,8 @@ class PruningTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, as `Trainer.train`; a checkpoint's structure is rebuilt before its weights are loaded."""
         checkpoint: Any = resume_from_checkpoint or None
+        if checkpoint is not None:
+            self._undo_interrupted_boundary()
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is None:
@@ -182,17 +186,32 @@ class PruningTrainerMixin:
             self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
         finally:
             self.args.output_dir = output_dir
+        # every process writes its random numbers into the folder that moves now, and reads what has moved afterwards
+        self._wait_for_everyone()
         if is_main_process():
-            old = folder.with_name(f".{folder.name}.dense")
+            old = folder.with_name(f".{folder.name}{_REPLACED}")
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(scratch / folder.name, folder)
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(scratch, ignore_errors=True)
+        self._wait_for_everyone()
         self.optimizer = self.lr_scheduler = None  # made anew over the parameters that are left
         self.model_wrapped = self.model
         return folder
+
+    def _undo_interrupted_boundary(self) -> None:
+        """Put back a checkpoint that was moved aside by a run that was killed before the pruned one took its place."""
+        if is_main_process():
+            for old in Path(self.args.output_dir).glob(f".checkpoint-*{_REPLACED}"):
+                folder = old.with_name(old.name.removeprefix(".").removesuffix(_REPLACED))
+                if not folder.exists():
+                    os.replace(old, folder)
+        self._wait_for_everyone()
+
+    def _wait_for_everyone(self) -> None:
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
 
     def _start_recovery(self) -> None:
         """Change what is trained; what was trained before and still is keeps its state in the optimizer."""

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Dropout is off: it is drawn per process. Gradient checkpointing makes DDP expect every parameter, as under TRL.
 SCRIPT = """
-import json, sys, torch
+import json, sys, time, torch
 from hf_cka import PruningConfig, PruningSchedule, TrainerPlugin
 from tests.tiny import tiny_model
 from tests.training.runs import trainer_for
@@ -31,6 +31,9 @@ if torch.distributed.is_torchelastic_launched():
     settings["ddp_backend"] = "gloo"
 plugin = TrainerPlugin(config, PruningSchedule(start=2, end=4, events=2), calibration_samples=8, mode=mode)
 trainer = plugin.attach(trainer_for(model, folder + "/out", **settings))
+if trainer.args.process_index == 1:  # the others must wait for a slow one
+    save = trainer._save_rng_state
+    trainer._save_rng_state = lambda folder: (time.sleep(1), save(folder))
 trainer.train()
 print("wrapped in", type(trainer.model_wrapped).__name__)
 result = {
@@ -71,5 +74,9 @@ def test_two_processes_equal_one(method, mode, tmp_path):
     assert two[0]["wrapped"] == "DistributedDataParallel"
     assert two[0]["plan"] == two[1]["plan"] == one["plan"]
     assert two[0]["sum"] == two[1]["sum"]
+    if mode == "boundary":
+        for step in (2, 4):
+            saved = {file.name for file in (tmp_path / "two" / "out" / f"checkpoint-{step}").glob("rng_state*")}
+            assert saved == {"rng_state_0.pth", "rng_state_1.pth"}
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert two[0]["sum"] == pytest.approx(one["sum"], rel=1e-3)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,31 @@ def test_a_boundary_that_was_not_pruned_before_the_kill_is_pruned_on_resume(tmp_
         broken.train()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "killed" / "checkpoint-2").config.num_hidden_layers == 6
     assert_same_run(run(DEPTH, tmp_path / "killed", mode="boundary", resume=True), trainer)
+
+
+def test_a_kill_while_the_pruned_checkpoint_takes_its_place_loses_nothing(tmp_path, monkeypatch):
+    trainer = run(DEPTH, tmp_path / "whole")
+    move = os.replace
+
+    def killed(source, target):
+        if Path(source).parent.name == ".pruning":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(DEPTH, tmp_path / "killed", mode="boundary", save_strategy="no")
+    assert not (tmp_path / "killed" / "checkpoint-2").exists()
+    assert_same_run(run(DEPTH, tmp_path / "killed", mode="boundary", resume=True), trainer)
+
+
+@pytest.mark.parametrize(("metric", "worse"), [("eval_loss", 1), ("eval_perplexity", 1), ("eval_accuracy", -1)])
+def test_which_way_a_metric_gets_worse(metric, worse):
+    callback = PruningCallback(DEPTH, TWICE, metric=metric, max_change=0.5)
+    for change, stopped in ((0.0, False), (-worse, False), (0.4 * worse, False), (0.6 * worse, True)):
+        callback.on_evaluate(None, None, None, metrics={metric: 5.0 + change})
+        assert callback.stopped == stopped, change
 
 
 def test_survivors_keep_their_moments_and_the_dead_leave_memory(tmp_path):
@@ -214,6 +241,8 @@ def test_refusals_come_before_the_first_step(tmp_path):
         settings = {"save_strategy": "no", **changes}
         return (plugin or TrainerPlugin(DEPTH, TWICE)).attach(trainer_for(llama(), tmp_path, **settings))
 
+    averaged = attached()
+    averaged.add_callback(type("AnyEMACallback", (TrainerCallback,), {})())
     cases = [
         (
             attached(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps"),
@@ -221,6 +250,9 @@ def test_refusals_come_before_the_first_step(tmp_path):
         ),
         (attached(optim="galore_adamw"), "galore"),
         (attached(auto_find_batch_size=True), "auto_find_batch_size"),
+        (attached(TrainerPlugin(DEPTH, TWICE, mode="boundary"), save_only_model=True), "save_only_model"),
+        (attached(TrainerPlugin(DEPTH, TWICE, mode="boundary"), ignore_data_skip=True), "ignore_data_skip"),
+        (averaged, "AnyEMACallback averages"),
         (attached(TrainerPlugin(DEPTH, PruningSchedule(start=2, end=99, events=2))), "ends at step 99"),
         (attached(TrainerPlugin(PruningConfig(method="depth", ratio=0.97), TWICE)), "cannot be reached"),
         (attached(TrainerPlugin(DEPTH, TWICE, metric="eval_loss", max_change=1.0)), "eval_on_start"),
