@@ -19,7 +19,7 @@ def evaluate_command(
             "--tasks",
             "-t",
             help="Separated by commas: KIND or KIND:FILE (perplexity, multiple_choice, classification, exact_match, "
-            "completion_loss), or tasks of lm-eval.",
+            "completion_loss), efficiency, or tasks of lm-eval.",
         ),
     ] = "perplexity",
     dataset: Annotated[

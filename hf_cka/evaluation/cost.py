@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,17 +200,6 @@ def cache_bytes(model: Any, num_tokens: int) -> int:
         raise ValueError(f"{type(model).__name__} returns no key/value cache.")
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-
-def file_bytes(folder: str | Path) -> int | None:
-    """Return the size of the weight files in a folder, or None if there are none.
-
-    Example:
-        >>> file_bytes("nowhere") is None
-        True
-    """
-    patterns = ("model*.safetensors", "pytorch_model*.bin")
-    return sum(file.stat().st_size for pattern in patterns for file in Path(folder).expanduser().glob(pattern)) or None
 
 
 def _together(runs: Sequence[DecodeSpeed]) -> DecodeSpeed:

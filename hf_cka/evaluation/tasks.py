@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from hf_cka.data import load_rows, public_name, row_text
 from hf_cka.evaluation.blocks import NOT_IN_JSON
 from hf_cka.evaluation.classification import classify, classify_by_words
+from hf_cka.evaluation.cost import measure_efficiency
 from hf_cka.evaluation.harness import harness_tasks, run_harness, split_metrics
 from hf_cka.evaluation.language import perplexity
 from hf_cka.evaluation.multiple_choice import TEMPLATE, multiple_choice
 from hf_cka.evaluation.rows import completion_loss, exact_match
 from hf_cka.evaluation.running import context_limit
 from hf_cka.lookup import lookup
+from hf_cka.modeling.loading import load_model, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,8 +198,8 @@ def evaluate(
     """Measure a model on tasks given by name.
 
     ``perplexity:FILE``, ``multiple_choice:FILE``, ``classification:FILE``, ``exact_match:FILE`` and
-    ``completion_loss:FILE`` are measured here, from a local file or a Hub dataset; every other name is a task of
-    lm-evaluation-harness, which runs it itself.
+    ``completion_loss:FILE`` are measured here, from a local file or a Hub dataset, and ``efficiency`` without data;
+    every other name is a task of lm-evaluation-harness, which runs it itself.
 
     Args:
         model: a Hub id, a folder (dense or pruned), or a loaded model.
@@ -228,12 +230,14 @@ def evaluate(
         known = dict.fromkeys([*KINDS, *manager.all_tasks])
         for name in others:
             lookup(known, name, "task")
-    data = {name: _data(kind, where, chosen) for name, (kind, where) in own.items()}
+    data = {name: _data(kind, where, chosen) for name, (kind, where) in own.items() if where}
     loaded, tokens = _loaded(model, tokenizer, device, dtype)
+    folder = Path(model).expanduser() if isinstance(model, str | os.PathLike) and os.path.isdir(model) else None
     found: dict[str, list[TaskResult]] = {}
     for name, (kind, where) in own.items():
-        metrics, errors, n, details = KINDS[kind](loaded, tokens, data[name], chosen, progress)
-        found[name] = [TaskResult(f"{kind}:{public_name(where)}", kind, metrics, errors, n, details)]
+        metrics, errors, n, details = KINDS[kind](loaded, tokens, data.get(name, folder), chosen, progress)
+        label = f"{kind}:{public_name(where)}" if where else kind
+        found[name] = [TaskResult(label, kind, metrics, errors, n, details)]
     if others:
         # at once: lm-eval answers all tasks' requests of one kind in one go
         entries = run_harness(
@@ -314,6 +318,19 @@ def _completion_loss(model: Any, tokenizer: Any, rows: Any, settings: Evaluation
     return {"completion_loss": result.value}, {}, result.rows, {"tokens": result.tokens}
 
 
+def _efficiency(
+    model: Any, tokenizer: Any, folder: Path | None, settings: EvaluationSettings, progress: bool
+) -> Measured:
+    found = measure_efficiency({"model": model}, progress=progress)["model"]
+    metrics = found.metrics()
+    files = sum(file.stat().st_size for file in weight_files(folder)) if folder is not None else 0
+    if files:
+        metrics["file_bytes"] = files
+    first = found.speeds[0]
+    details = {"prompt_tokens": first.prompt_tokens, "new_tokens": first.new_tokens, "repeats": first.repeats}
+    return metrics, {}, first.repeats, details
+
+
 # what is measured here; one entry is one more kind of task
 KINDS: dict[str, Callable[[Any, Any, Any, EvaluationSettings, bool], Measured]] = {
     "perplexity": _perplexity,
@@ -321,12 +338,18 @@ KINDS: dict[str, Callable[[Any, Any, Any, EvaluationSettings, bool], Measured]] 
     "classification": _classification,
     "exact_match": _exact_match,
     "completion_loss": _completion_loss,
+    "efficiency": _efficiency,
 }
+WITHOUT_DATA = ("efficiency",)
 
 
 def _parse(name: str, dataset: str | None) -> tuple[str, str] | None:
     """Return the kind and the dataset of a task of this room, or None for a name that lm-eval must know."""
     kind, colon, where = name.partition(":")
+    if name in WITHOUT_DATA:
+        return kind, ""
+    if kind in WITHOUT_DATA:
+        raise ValueError(f"The task {kind!r} takes no data: write it without {colon + where!r}.")
     if kind in KINDS:
         if not (where or dataset):
             raise ValueError(f"The task {name!r} needs data: write {kind}:FILE, or give a dataset.")
@@ -347,8 +370,6 @@ def _data(kind: str, where: str, settings: EvaluationSettings) -> Any:
 
 def _loaded(model: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any]:
     if isinstance(model, str | os.PathLike):
-        from hf_cka.modeling.loading import load_model
-
         loaded, own = load_model(os.fspath(model), device, dtype)
         return loaded, tokenizer or own
     if tokenizer is None:

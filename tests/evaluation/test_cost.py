@@ -1,4 +1,4 @@
-"""Costs are counted from what really runs: operators, a real cache, real files; energy says what is estimated."""
+"""Costs are counted from what really runs: operators, a real cache; energy says what is estimated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_cka import PruningPlan, apply_plan
-from hf_cka.evaluation.cost import cache_bytes, count_flops, file_bytes, measure_efficiency
+from hf_cka.evaluation.cost import cache_bytes, count_flops, measure_efficiency
 from hf_cka.evaluation.energy import generation_energy
 from tests.tiny import tiny_model
 
@@ -62,11 +62,6 @@ def test_several_models_are_measured_in_turn() -> None:
     assert found["b"].flops.decode < found["a"].flops.decode
     assert found["a"].energy is None
     assert found["a"].metrics()["cache_bytes_per_token"] == found["b"].metrics()["cache_bytes_per_token"] == 512
-
-
-def test_files_are_counted(tmp_path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    assert file_bytes(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
 
 
 def test_energy_says_what_is_measured_and_what_estimated() -> None:

@@ -117,9 +117,18 @@ def test_the_command_measures_a_pruned_folder(pruned_folder, questions, tmp_path
     assert json.loads(printed.stdout)["tasks"] == json.loads(output.read_text())["tasks"]
 
 
+@pytest.mark.assets
+def test_efficiency_needs_no_data_and_counts_the_files(pruned_folder) -> None:
+    measured = evaluate(str(pruned_folder), "efficiency", device="cpu", progress=False)["efficiency"]
+    assert measured.metrics["file_bytes"] == (pruned_folder / "model.safetensors").stat().st_size
+    assert measured.metrics["tokens_per_second (batch 8)"] > 0
+    assert measured.details == {"prompt_tokens": 12, "new_tokens": 128, "repeats": 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--tasks", "efficiency:x.jsonl"], "takes no data"),
         (["--tasks", "multiple_choise:x.jsonl"], "Did you mean: 'multiple_choice'"),
         (["--tasks", "perplexity"], "needs data: write perplexity:FILE"),
         (["--tasks", "perplexity:missing.txt"], "There is no file 'missing.txt'"),
