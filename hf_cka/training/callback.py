@@ -21,7 +21,6 @@ from hf_cka.training.sampling import training_batches
 from hf_cka.training.schedule import PruningSchedule
 from hf_cka.training.structure import change_structure
 
-
 # how the names of metrics end that rise when the model gets worse
 _LOWER_IS_BETTER = ("loss", "perplexity")
 
