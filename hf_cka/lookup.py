@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+_SHOWN = 60  # names of a large table that a message lists
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
@@ -22,7 +23,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
         what: what the table holds, in the singular, for the message ("similarity measure").
 
     Raises:
-        ValueError: if the name is unknown; the message lists near names, or all of them.
+        ValueError: if the name is unknown; the message lists near names, or what is known.
 
     Example:
         >>> lookup({"cka": 1, "rsa": 2}, "cka", "measure")
@@ -37,5 +38,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     if near:
         hint = "Did you mean: " + ", ".join(repr(n) for n in near) + "?"
     else:
-        hint = "Known: " + ", ".join(repr(n) for n in sorted(table)) + "."
+        names = sorted(table)
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        hint = "Known: " + ", ".join(repr(n) for n in names[:_SHOWN]) + more + "."
     raise ValueError(f"Unknown {what} {name!r}. {hint}")

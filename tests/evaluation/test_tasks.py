@@ -146,6 +146,9 @@ def test_an_unknown_task_of_lm_eval_lists_near_names() -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="Unknown task 'arc_eazy'. Did you mean: 'arc_easy'"):
         evaluate("nowhere", "arc_eazy")
+    with pytest.raises(ValueError, match="Unknown task '#'. Known: .* more") as error:
+        evaluate("nowhere", "#")
+    assert len(str(error.value)) < 5000  # lm-eval knows thousands
 
 
 def test_without_lm_eval_the_error_gives_the_command(monkeypatch) -> None:
