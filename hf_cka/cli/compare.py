@@ -47,7 +47,8 @@ def compare_command(
     """
     from hf_cka.data import load_rows, public_name
     from hf_cka.evaluation import write_report
-    from hf_cka.evaluation.compare import PARTS, ComparisonSettings, compare
+    from hf_cka.evaluation.compare import compare
+    from hf_cka.evaluation.comparison import PARTS, ComparisonSettings
 
     try:
         shares = tuple(float(rate) for rate in rates.split(","))

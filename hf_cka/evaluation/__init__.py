@@ -19,7 +19,8 @@ from hf_cka.evaluation.blocks import (
     Table,
 )
 from hf_cka.evaluation.classification import Classification, classify, classify_by_words
-from hf_cka.evaluation.compare import Comparison, ComparisonSettings, compare
+from hf_cka.evaluation.compare import compare
+from hf_cka.evaluation.comparison import Comparison, ComparisonSettings
 from hf_cka.evaluation.cost import Efficiency, Flops, count_flops, measure_efficiency
 from hf_cka.evaluation.disagreement import Disagreements, disagreements
 from hf_cka.evaluation.efficiency import (

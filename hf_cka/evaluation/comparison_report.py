@@ -13,7 +13,7 @@ from hf_cka.evaluation.lines import short_number
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions
 
 if TYPE_CHECKING:
-    from hf_cka.evaluation.compare import Comparison, Measured
+    from hf_cka.evaluation.comparison import Comparison, Measured
 
 _PERCENT = ("removed", "exact match", "accuracy", "accuracy, normalised", "next-token accuracy", "same top token")
 _MAX_CURVES = 6

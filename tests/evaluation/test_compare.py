@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_cka import PruningPlan, apply_plan, save_pruned
 from hf_cka.cli import app
 from hf_cka.evaluation import ReportData, compare, evaluate, multiple_choice, perplexity, training_curves, write_report
-from hf_cka.evaluation.compare import ComparisonSettings
+from hf_cka.evaluation.comparison import ComparisonSettings
 from tests.tiny import tiny_model
 
 TEXTS = [
@@ -55,6 +55,8 @@ def test_every_part_is_measured_and_says_the_same_everywhere(stories, tmp_path) 
     assert same.disagreement.same_top == 1.0
     assert all(abs(change) < 1e-6 for change, _ in same.similarity.changes.values())
     assert depth.strip.removed == (2,)
+    assert depth.cache_bytes_per_token == pytest.approx(found.base.cache_bytes_per_token * 4 / 5)
+    assert depth.decode_flops < found.base.decode_flops
     assert depth.disagreement.kl > 0
     text = "\n\n".join(TEXTS)
     alone = perplexity(others["depth"], tokenizer, text, context=64, max_tokens=128)
