@@ -87,6 +87,10 @@ def classify(
             "For a causal language model use classify_by_words, with a word for each label."
         )
     config = model.config
+    if config.num_labels < 2:
+        raise ValueError(
+            f"The head of {type(model).__name__} gives one number (a regression), so there are no classes."
+        )
     _check(rows, batch_size)
     labels = tuple(_label(row, index, config.num_labels, config.label2id) for index, row in enumerate(rows))
     limit = context_limit(model)

@@ -132,7 +132,9 @@ def generation_energy(
         emissions = tracker.stop()
     data = tracker.final_emissions_data
     if data is None or emissions is None:
-        raise RuntimeError("codecarbon measured nothing on this machine; run it with --debug for its own log.")
+        raise RuntimeError(
+            "codecarbon measured nothing on this machine: leave the energy out, or see its own documentation."
+        )
     return Energy(
         cpu_joules=data.cpu_energy * _JOULES,
         gpu_joules=data.gpu_energy * _JOULES,

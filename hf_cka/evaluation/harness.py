@@ -65,7 +65,7 @@ def run_harness(
         limit: only the first so many items of each task.
         num_fewshot: examples in the prompt; None is the task's own number.
         batch_size: rows a forward pass.
-        seed: of the few-shot draw.
+        seed: of the few-shot draw; lm-eval seeds random, NumPy and torch of this process with it, too.
 
     Returns:
         For each task, lm-eval's own entry: metrics such as ``"acc,none"`` with ``"acc_stderr,none"``, ``alias``, and
@@ -140,7 +140,7 @@ def split_metrics(entry: dict[str, Any]) -> tuple[dict[str, float], dict[str, fl
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's remarks about its own set-up out of the way; its warnings of other kinds stay in its log."""
+    """Show only lm-eval's errors while the block runs: its remarks are about a command line that is not used here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from hf_cka.cli import app
 from hf_cka.evaluation import multiple_choice, perplexity
 from hf_cka.evaluation.classification import classify, classify_by_words
 from hf_cka.evaluation.tasks import EvaluationResult, EvaluationSettings, evaluate
+from hf_cka.lookup import lookup
 from tests.tiny import tiny_model
 
 TASK = """
@@ -146,9 +147,18 @@ def test_an_unknown_task_of_lm_eval_lists_near_names() -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="Unknown task 'arc_eazy'. Did you mean: 'arc_easy'"):
         evaluate("nowhere", "arc_eazy")
-    with pytest.raises(ValueError, match="Unknown task '#'. Known: .* more") as error:
-        evaluate("nowhere", "#")
-    assert len(str(error.value)) < 5000  # lm-eval knows thousands
+
+
+def test_a_message_lists_no_thousands_of_names() -> None:
+    with pytest.raises(ValueError, match="Unknown task '#'. Known: .* and 4940 more") as error:
+        lookup(dict.fromkeys(map(str, range(5000))), "#", "task")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.assets
+def test_a_regression_head_is_no_classifier(stories) -> None:
+    with pytest.raises(ValueError, match="a regression"):
+        classify(tiny_model("bert", "classification", num_labels=1), stories[1], _reviews(2))
 
 
 def test_without_lm_eval_the_error_gives_the_command(monkeypatch) -> None:
