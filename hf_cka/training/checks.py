@@ -33,12 +33,14 @@ def check_run(callback: PruningCallback, args: TrainingArguments, model: Any, op
             "load_best_model_at_end=True would load a checkpoint of another structure into the pruned model, layers "
             "into the wrong places. Set it to False and load the checkpoint you want with from_pretrained."
         )
-    if args.deepspeed:
+    # `accelerate launch` sets these behind the arguments' back
+    trainer = callback.trainer
+    if args.deepspeed or getattr(trainer, "is_deepspeed_enabled", False):
         raise ValueError(
             "DeepSpeed partitions parameters and optimizer states, which cannot change during training. Prune first "
             "(`hf-cka prune`), then train the pruned model with DeepSpeed."
         )
-    if args.fsdp:
+    if args.fsdp or getattr(trainer, "is_fsdp_enabled", False):
         raise ValueError(
             "FSDP has flattened or sharded the parameters, which cannot be cut in place. Prune first (`hf-cka prune`), "
             "then train the pruned model with FSDP."

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traine
 from hf_cka import PruningCallback, PruningConfig, PruningSchedule, TrainerPlugin
 from hf_cka.pruning.width_budgets import WidthSettings
 from hf_cka.training import RecoveryConfig, finish_recovery
+from hf_cka.training.checks import check_run
 from tests.training.runs import STEPS, assert_same_run, llama, rows, trainer_for, weights
 
 DEPTH = PruningConfig(method="depth", criterion="cka", num_layers=2, steps=2, pooling="last")
@@ -272,6 +273,24 @@ def test_refusals_come_before_the_first_step(tmp_path):
     )
     with pytest.raises(ValueError, match="'eval_los' is not among the evaluation metrics: eval_loss"):
         missing.train()
+
+
+@pytest.mark.parametrize(
+    ("holder", "setting", "message"),
+    [
+        ("args", "fsdp", "FSDP"),
+        ("args", "deepspeed", "DeepSpeed"),
+        (None, "is_fsdp_enabled", "FSDP"),  # as accelerate launch sets it
+        (None, "is_deepspeed_enabled", "DeepSpeed"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["inplace", "boundary"])
+def test_sharded_parameters_are_refused_however_they_were_asked_for(holder, setting, message, mode, tmp_path):
+    trainer = TrainerPlugin(DEPTH, TWICE, mode=mode).attach(trainer_for(llama(), tmp_path))
+    check_run(trainer.pruning, trainer.args, trainer.model, None)
+    setattr(trainer.args if holder else trainer, setting, True)
+    with pytest.raises(ValueError, match=f"{message}.*hf-cka prune"):
+        check_run(trainer.pruning, trainer.args, trainer.model, None)
 
 
 def test_a_callback_added_to_a_running_trainer_is_refused(tmp_path):
