@@ -15,6 +15,7 @@ from hf_cka.cli.demo import demo_command
 from hf_cka.cli.evaluate import evaluate_command
 from hf_cka.cli.prune import prune_command
 from hf_cka.cli.push import push_command
+from hf_cka.cli.recover import recover_command
 from hf_cka.cli.select import select_command
 from hf_cka.cli.verify import verify_command
 
@@ -69,6 +70,7 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _command in (
     ("select", select_command),
     ("prune", prune_command),
+    ("recover", recover_command),
     ("verify", verify_command),
     ("compare", compare_command),
     ("evaluate", evaluate_command),

@@ -21,7 +21,7 @@ from hf_cka.modeling.structure import Rung, layer_shapes, relabelled_config, run
 from hf_cka.modeling.verification import Verification, probe_inputs, verify_many
 
 SCORES_FILE = "pruning_scores.json"
-_RECORD_FIELDS = ("method", "settings", "calibration", "base_model", "base_revision")
+_RECORD_FIELDS = ("method", "settings", "calibration", "base_model", "base_revision", "recovery")
 
 
 class CheckpointError(RuntimeError):
@@ -72,7 +72,8 @@ def save_pruned(
         folder: where to; it must not exist, be empty, or hold a checkpoint that `overwrite` lets go.
         tokenizer: saved with the model, if given.
         record: how the pruning was decided: "method", "settings", "calibration" (source, samples, seed, hash),
-            "base_model", "base_revision". Goes into `config.json` under "pruning", with the plan.
+            "base_model", "base_revision"; and "recovery", how the model was trained afterwards. Goes into
+            `config.json` under "pruning", with the plan.
         scores: what the criterion measured; goes into `pruning_scores.json`.
         overwrite: replace a checkpoint that is there.
         verify: reload in a fresh process and compare logits and cached, uncached and static generation.
@@ -271,6 +272,8 @@ class _pruning_record:
         step = {
             k: new[k] for k in ("method", "settings", "calibration", "hf_cka_version", "parameters_after") if k in new
         }
+        if "recovery" in record:  # of this step; the one of an earlier step is in the history already
+            step["recovery"] = record["recovery"]
         new["history"] = [*old.get("history", []), step]
         self.record = new
 

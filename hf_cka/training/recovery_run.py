@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_cka.data import Batch
+from hf_cka.data import Batch, row_text
 from hf_cka.training.distillation import DistillationConfig, DistillationMixin, check_teacher
 from hf_cka.training.recovery import RecoveryConfig, finish_recovery, prepare_recovery
 
@@ -54,9 +54,9 @@ def recover(
 ) -> RecoveryResult:
     """Train what is left of a pruned model until it is itself again.
 
-    Rows with ``input_ids`` go through `transformers.Trainer`; any others (``text``, ``messages``, ``prompt`` and
-    ``completion``) through TRL's `SFTTrainer`, which tokenizes them. There is no loop of our own: schedules, mixed
-    precision, accumulation, trackers, checkpoints and several processes are the Trainer's.
+    Rows with ``input_ids`` go through `transformers.Trainer`; any others, in the forms of :func:`hf_cka.calibration`,
+    through TRL's `SFTTrainer`, which tokenizes them. There is no loop of our own: schedules, mixed precision,
+    accumulation, trackers, checkpoints and several processes are the Trainer's.
 
     Args:
         model: a pruned model without adapters; trained in place.
@@ -90,6 +90,8 @@ def recover(
         check_teacher(model, teacher)
     rows = _dataset(train_dataset)
     tokenized = "input_ids" in rows.column_names
+    if not tokenized:
+        rows = _texts(rows, processing_class)
     from transformers import set_seed
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,6 +129,14 @@ def _dataset(rows: Any) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list([dict(row) if isinstance(row, Mapping) else {"text": row} for row in rows])
+
+
+def _texts(rows: Any, tokenizer: Any) -> Any:
+    """The rows as TRL reads them: its own forms stay, the others that `row_text` knows become one text."""
+    columns = set(rows.column_names)
+    if columns & {"text", "messages"} or {"prompt", "completion"} <= columns:
+        return rows
+    return rows.map(lambda row: {"text": row_text(row, tokenizer)}, remove_columns=rows.column_names)
 
 
 def _arguments(tokenized: bool, settings: dict[str, Any]) -> Any:

@@ -107,3 +107,23 @@ def test_dpo_pruned(assets, tmp_path):
     assert after.config.pruning["plan"] == before.config.pruning["plan"]
     changed = zip(before.parameters(), after.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in changed)
+
+
+@pytest.mark.assets
+def test_prune_then_recover_and_distill(assets, instructions, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = str(assets / "models" / "stories260k_hf")
+    run = ["--dataset", instructions, "--max_steps", "2", "--batch_size", "4", "--max_length", "32"]
+    first, second = tmp_path / "recovered", tmp_path / "distilled"
+    recipe("prune_then_recover").main([*run, "--model", base, "--ratio", "0.2", "--output_dir", str(first)])
+    pruned = AutoModelForCausalLM.from_pretrained(first)
+    assert 1 - pruned.num_parameters() / AutoModelForCausalLM.from_pretrained(base).num_parameters() > 0.18
+    given = ["--model", str(first), "--teacher", base, "--weight", "0.5", "--hidden_weight", "0.1"]
+    recipe("distilled_recovery").main([*run, *given, "--output_dir", str(second)])
+    before, after = (json.loads((folder / "config.json").read_text())["pruning"] for folder in (first, second))
+    assert before["recovery"]["rank"] == 16
+    assert after["plan"] == before["plan"]
+    assert after["method"] == "width"
+    assert after["recovery"]["distillation"] == {"weight": 0.5, "temperature": 1.0, "hidden_weight": 0.1}
+    assert [step.get("recovery", {}).get("rank") for step in after["history"]] == [16, 8]
