@@ -50,10 +50,14 @@ def rebuild_ddp(wrapped: Any) -> None:
             "device_ids",
             "output_device",
             "dim",
-            "broadcast_buffers",
             "find_unused_parameters",
             "gradient_as_bucket_view",
             "process_group",
         )
     }
+    if not ddp.broadcast_buffers:  # named only where it says something: newer versions of torch deprecate it
+        settings["broadcast_buffers"] = False
+    hooks = list(ddp._comm_hooks)  # such as a compression of gradients
     ddp.__init__(ddp.module, bucket_cap_mb=ddp.bucket_bytes_cap / 2**20, **settings)
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
