@@ -18,6 +18,7 @@ _PUBLIC = {
     "RecoveryResult": "recovery_run",
     "recover": "recovery_run",
     "finish_recovery": "recovery",
+    "scatter_adapter": "scatter",
     "prepare_recovery": "recovery",
 }
 
