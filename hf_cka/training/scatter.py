@@ -73,13 +73,16 @@ def scatter_adapter(
     for field, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
         given = config.get(field) or {}
         for name in names:
-            value = given.get(get_pattern_key(given.keys(), name), default)
+            value = given.get(get_pattern_key(list(given), name), default)
             if value != default:
                 patterns[field]["^" + old[name].replace(".", r"\.")] = value
-    more = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "task_type") if key in config}
+    more: dict[str, Any] = {**patterns}
+    more |= {
+        key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "task_type") if key in config
+    }
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        twin = get_peft_model(sharing_copy(model), LoraConfig(target_modules=list(old.values()), **more, **patterns))
+        twin = get_peft_model(sharing_copy(model), LoraConfig(target_modules=list(old.values()), **more))
         places = parameter_map(twin, plan)
         widened = _fill(twin, places, tensors)
         target.parent.mkdir(parents=True, exist_ok=True)
