@@ -56,12 +56,27 @@ class DistillationConfig:
 
 
 def check_teacher(student: Any, teacher: Any) -> None:
-    """Refuse a teacher whose answers a student cannot be compared with.
+    """Refuse a teacher that a student cannot learn from.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming what is wrong: it is the student itself or shares weights with it, is quantized, or has
+            another vocabulary or number of labels.
     """
     mine, theirs = find_anatomy(student), find_anatomy(teacher)
+    if mine.model is theirs.model:
+        raise ValueError("The teacher is the student itself: give the dense model that the student was pruned from.")
+    own = {parameter.data_ptr() for parameter in mine.model.parameters() if not parameter.is_meta}
+    for name, parameter in theirs.model.named_parameters():
+        if parameter.numel() and parameter.data_ptr() in own:
+            raise ValueError(
+                f"Teacher and student share weights (first: {name}), so training would change both. Give one of them a "
+                "copy: copy.deepcopy(model)."
+            )
+    if getattr(theirs.model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The teacher is quantized (its config has quantization_config), and its rounding would be taught. Load it "
+            "without quantization; dtype=torch.bfloat16 halves its memory."
+        )
     heads = [getattr(model.model, "num_labels", None) for model in (mine, theirs)]
     sizes = [model.config.vocab_size for model in (mine, theirs)]
     if mine.kind == "decoder" and sizes[0] != sizes[1]:
@@ -142,7 +157,11 @@ def layer_map(student: Any) -> dict[int, int]:
     record = getattr(anatomy.config, "pruning", None) or {}
     if "plan" not in record:
         return {i: i for i in range(anatomy.num_layers)}
-    return dict(enumerate(PruningPlan.from_dict(record["plan"]).kept_layers))
+    plan = PruningPlan.from_dict(record["plan"])
+    kept = plan.kept_layers
+    if len(kept) != anatomy.num_layers:  # a layer that lost both sub-layers is gone as well
+        kept = tuple(i for i in kept if not (i in plan.removed_attention and i in plan.removed_mlp))
+    return dict(enumerate(kept))
 
 
 class DistillationMixin:

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from hf_cka import PruningConfig, prune, recover
+from hf_cka import PruningConfig, PruningPlan, apply_plan, prune, recover
 from hf_cka.training import DistillationConfig, RecoveryConfig
-from hf_cka.training.distillation import hidden_difference, teacher_divergence
+from hf_cka.training.distillation import hidden_difference, layer_map, teacher_divergence
 from tests.tiny import tiny_model
 
 pytest.importorskip("trl")
@@ -160,3 +160,27 @@ def test_bad_input_is_refused_before_training():
         DistillationConfig(weight=0)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_teachers_that_would_teach_wrongly_are_refused():
+    model, rows = tiny_model("llama"), [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    with pytest.raises(ValueError, match="is the student itself"):
+        recover(model, rows, teacher=model)
+    sharing = tiny_model("llama")
+    sharing.model.norm.weight = model.model.norm.weight
+    with pytest.raises(ValueError, match=r"share weights \(first: model.norm.weight\)"):
+        recover(model, rows, teacher=sharing)
+    packed = tiny_model("llama")
+    packed.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match="teacher is quantized"):
+        recover(model, rows, teacher=packed)
+
+
+def test_a_layer_that_lost_both_sublayers_is_left_out_of_the_layer_map():
+    plan = PruningPlan(num_layers=4, model_type="llama", removed_attention=(1,), removed_mlp=(1, 2))
+    assert layer_map(apply_plan(tiny_model("llama"), plan)) == {0: 0, 1: 2, 2: 3}
+
+
+def test_rows_without_a_text_are_refused():
+    with pytest.raises(ValueError, match="the columns are: height"):
+        recover(tiny_model("llama"), [{"height": 3}] * 4)
