@@ -55,6 +55,13 @@ def test_the_explicit_door_gives_the_same(expected):
 
 
 def test_transformers_own_add_adapter(expected):
+    from importlib.metadata import version
+
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(version("peft")) < Version(MIN_PEFT_VERSION):  # transformers 5.24 asks for a peft that is not out yet
+        pytest.skip(f"transformers refuses peft {version('peft')}: it wants {MIN_PEFT_VERSION}")
     model = tiny_model("llama")
     model.add_adapter(CKALoraConfig(r=4, keep_ratio=0.5, calibration=_batches()))
     assert _adapted_layers(model) == expected
