@@ -158,9 +158,9 @@ def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any], ratios: Sequenc
         + "decode: tokens per second over the dense model's, alternating.",
         "Seconds and peak memory (added by the pruning) on a shared machine. Several seeds: mean (range).",
         "",
-        "`python benchmarks/pruning.py --assets ASSETS --items "
-        + f"{options.items} --seeds {' '.join(map(str, options.seeds))}`; rows are kept in `pruning.json`, and `--methods` "
-        "and `--ratios` choose which to add.",
+        f"`python benchmarks/pruning.py --assets ASSETS --items {options.items} --seeds "
+        f"{' '.join(map(str, options.seeds))}`; rows are kept in `pruning.json`, and `--methods` and `--ratios` choose "
+        "which to add.",
         "",
         "Dense: "
         + ", ".join([*(f"{name} {dense[name]:.2f}" for name in TEXTS), *(f"{q} {dense[q]:.2f}" for q in questions)])
