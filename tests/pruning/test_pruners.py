@@ -287,13 +287,13 @@ def test_what_cannot_be_reached_is_an_error_that_names_the_range(settings, messa
 
 
 def test_what_surgery_refuses_is_refused_before_anything_is_scored(monkeypatch):
-    from peft import LoraConfig, get_peft_model
+    from peft import IA3Config, get_peft_model
 
     from hf_cka.pruning import depth
 
     monkeypatch.setattr(depth, "score", lambda *a: pytest.fail("it was scored"))
-    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="adapters"):
+    adapted = get_peft_model(tiny_model("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="is of type IA3; only LoRA"):
         run(num_layers=1, model=adapted)
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True each layer computes with its own index"):
