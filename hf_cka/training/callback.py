@@ -29,6 +29,18 @@ class BoundaryDueError(RuntimeError):
     """Training was resumed at a boundary that was not pruned before the run was killed."""
 
 
+def stored_record(callbacks: Any) -> dict[str, Any] | None:
+    """Return how far pruning got, from the callbacks' part of a ``trainer_state.json``; None if it does not say.
+
+    Example:
+        >>> stored_record({"PruningCallback": [{"attributes": {"record": {"events_done": 1}}}]})
+        {'events_done': 1}
+    """
+    stored = (callbacks or {}).get(PruningCallback.__name__)
+    stored = stored[0] if isinstance(stored, list) and stored else stored
+    return (stored or {}).get("attributes", {}).get("record")
+
+
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model of a `Trainer` (or `SFTTrainer`, ...) at the steps of a schedule, between two training steps.
 
@@ -128,7 +140,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if self.history is None and state.global_step:
             self._read_own_state(state)
         if self.history is None:
-            self.history = start_history(model, self._batches(loader), self.config)
+            self.history = start_history(model, self.batches(loader), self.config)
         self._check_structure(model)
         if self.boundary and self.is_due(state.global_step):
             raise BoundaryDueError
@@ -174,7 +186,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def prune(self, state: TrainerState, model: Any, optimizer: Any, loader: Any) -> None:
         """Carry out the pruning step that is due."""
         assert self.history is not None
-        batches = self._batches(loader)
+        batches = self.batches(loader)
         share = self.points[self.events_done][1]
         plan, history = prune_further(model, batches, self.history, share)
         decided = first_decides((plan.to_json(), history.to_json()))
@@ -187,16 +199,15 @@ class PruningCallback(TrainerCallback, ExportableState):
         ratio = history.steps[-1].ratio if history.steps else 0.0
         state.log_history.append({"step": state.global_step, "epoch": state.epoch, "pruned_ratio": ratio})
 
-    def _batches(self, loader: Any) -> list[dict[str, Any]]:
+    def batches(self, loader: Any) -> list[dict[str, Any]]:
+        """Return the calibration rows: the same whenever they are drawn."""
         return training_batches(loader, self.calibration_samples, self.config.seed)
 
     def _read_own_state(self, state: TrainerState) -> None:
         """Without the plugin: the model was loaded from the checkpoint, and the Trainer read its state."""
-        every: Any = state.stateful_callbacks or {}
-        stored = every.get(type(self).__name__)
-        stored = stored[0] if isinstance(stored, list) and stored else stored
-        if stored and stored["attributes"].get("record"):
-            self.record = stored["attributes"]["record"]
+        record = stored_record(state.stateful_callbacks)
+        if record:
+            self.record = record
 
     def _check_structure(self, model: Any) -> None:
         """Refuse a model that is not what the history left: its weights would be in the wrong places."""

@@ -18,10 +18,10 @@ from hf_cka.lookup import lookup
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.representations import is_main_process
-from hf_cka.training.callback import BoundaryDueError, PruningCallback
+from hf_cka.training.callback import BoundaryDueError, PruningCallback, stored_record
 from hf_cka.training.optimizer import bare_optimizer
 from hf_cka.training.recovery import RecoveryConfig, prepare_recovery
-from hf_cka.training.sampling import training_batches, undisturbed
+from hf_cka.training.sampling import undisturbed
 from hf_cka.training.schedule import PruningSchedule
 
 # folder beside the checkpoints with the pruned model, where those hold adapters alone
@@ -154,9 +154,7 @@ class PruningTrainerMixin:
     def _rebuild_structure(self, checkpoint: Path) -> None:
         """Prune the model, as it was given, to what the checkpoint holds, and take over how far pruning got."""
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        stored = state.get("stateful_callbacks", {}).get(PruningCallback.__name__)
-        stored = stored[0] if isinstance(stored, list) and stored else stored
-        record = (stored or {}).get("attributes", {}).get("record")
+        record = stored_record(state.get("stateful_callbacks"))
         callback = self.pruning
         if not record or record["history"] is None:
             return
@@ -249,7 +247,7 @@ class PruningTrainerMixin:
             batches = None
             if self.recovery.needs_batches:
                 loader = self.get_train_dataloader()  # type: ignore[attr-defined]
-                batches = training_batches(loader, callback.calibration_samples, callback.config.seed)
+                batches = callback.batches(loader)
             torch.manual_seed(callback.config.seed)
             self.model = prepare_recovery(self.model, self.recovery, batches)
         if self.args.gradient_checkpointing and hasattr(self.model, "enable_input_require_grads"):
