@@ -1,6 +1,6 @@
 """Recovery of pruned models: before, after LoRA on labels, and after LoRA on the parent's answers, same steps.
 
-    python benchmarks/recovery.py --assets FOLDER [--best "wanda + least squares"] [--ratios 0.2 0.3] [--steps 200]
+    python benchmarks/recovery.py --assets FOLDER [--best "obs, global + least squares"] [--ratios 0.2 0.3] [--steps 200]
 
 The best method of `benchmarks/pruning.py` stands beside random units without repair. Quality is measured as there:
 perplexity on the start of WikiText-2's validation part and on TinyStories, accuracy on ARC-Easy and PIQA. Training
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True, help="folder with lm/, mc/ and instruct/")
     parser.add_argument("--model", help="a folder or Hub id instead of the demo's model")
-    parser.add_argument("--best", default="wanda + least squares", help="a method of benchmarks/pruning.py")
+    parser.add_argument("--best", default="obs, global + least squares", help="a method of benchmarks/pruning.py")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.3])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
