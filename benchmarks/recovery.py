@@ -1,6 +1,6 @@
 """Recovery of pruned models: before, after LoRA on labels, and after LoRA on the parent's answers, same steps.
 
-    python benchmarks/recovery.py --assets FOLDER [--best "obs, global + least squares"] [--ratios 0.2 0.3] [--steps 200]
+    python benchmarks/recovery.py --assets FOLDER --bf16 [--best "obs, global + least squares"] [--ratios 0.2 0.3]
 
 The best method of `benchmarks/pruning.py` stands beside random units without repair. Quality is measured as there:
 perplexity on the start of WikiText-2's validation part and on TinyStories, accuracy on ARC-Easy and PIQA. Training

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_cka.evaluation import count_parameters, decode_speed, peak_memory
@@ -50,7 +49,6 @@ def test_only_adapters_are_trainable_under_peft() -> None:
 def test_a_peak_that_is_gone_at_the_end_is_seen() -> None:
     """In a process of its own: memory that earlier tests left to the allocator would hide the peak."""
     script = """
-import torch
 from hf_cka.evaluation import peak_memory
 
 with peak_memory() as memory:
