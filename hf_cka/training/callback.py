@@ -16,7 +16,7 @@ from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.pruners import prune_further, start_history
 from hf_cka.pruning.width_parameters import layer_parameters
 from hf_cka.training.checks import check_run
-from hf_cka.training.distributed import first_decides, rebuild_ddp
+from hf_cka.training.distributed import first_decides
 from hf_cka.training.sampling import training_batches
 from hf_cka.training.schedule import PruningSchedule
 from hf_cka.training.structure import change_structure
@@ -192,9 +192,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         decided = first_decides((plan.to_json(), history.to_json()))
         plan, history = PruningPlan.from_json(decided[0]), PruningHistory.from_json(decided[1])
         if plan != PruningPlan(plan.num_layers, plan.model_type):
-            change_structure(model, plan, optimizer=optimizer, method=self.config.repair, batches=batches)
-            if self.trainer is not None:
-                rebuild_ddp(self.trainer.model_wrapped)
+            wrapped = None if self.trainer is None else self.trainer.model_wrapped
+            change_structure(
+                model, plan, optimizer=optimizer, method=self.config.repair, batches=batches, wrapped=wrapped
+            )
         self.history, self.events_done = history, self.events_done + 1
         ratio = history.steps[-1].ratio if history.steps else 0.0
         state.log_history.append({"step": state.global_step, "epoch": state.epoch, "pruned_ratio": ratio})

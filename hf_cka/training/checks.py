@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from hf_cka.representations import distributed
 
@@ -79,6 +81,11 @@ def check_run(callback: PruningCallback, args: TrainingArguments, model: Any, op
             "In several processes the wrapper of the model has to be told as well, which a callback cannot see: use "
             "TrainerPlugin(...).attach(trainer) instead of callbacks=[PruningCallback(...)]."
         )
+    averaging = [name for name in map(_type_name, _neighbours(callback)) if "EMA" in name]
+    if averaging:
+        raise ValueError(
+            f"{averaging[0]} averages the weights of one structure by name. Average after pruning, in a second run."
+        )
     if callback.trainer is not None:
         _check_trainer(callback)
 
@@ -88,10 +95,24 @@ def _check_trainer(callback: PruningCallback) -> None:
     if trainer.model_init is not None:
         raise ValueError("model_init makes a new, dense model for every run; pass model= instead.")
     wrapped = trainer.model_wrapped
-    if isinstance(wrapped, DistributedDataParallel) and wrapped.static_graph:
-        raise ValueError("DDP with static_graph=True cannot see a new structure; set it to False.")
-    averaging = [type(other).__name__ for other in trainer.callback_handler.callbacks if "EMA" in type(other).__name__]
-    if averaging:
+    if callback.boundary or not isinstance(wrapped, DistributedDataParallel):
+        return
+    if wrapped.static_graph:
         raise ValueError(
-            f"{averaging[0]} averages the weights of one structure by name. Average after pruning, in a second run."
+            "DDP with static_graph=True cannot see a new structure; set it to False, or use mode='boundary'."
         )
+    if wrapped.mixed_precision is not None:
+        raise ValueError(
+            "DDP with mixed_precision holds copies of the parameters it began with. Use TrainingArguments(bf16=True) "
+            "instead, or mode='boundary'."
+        )
+
+
+def _neighbours(callback: PruningCallback) -> list[Any]:
+    """The callbacks of the same Trainer. A callback is not told of them, so its handler is looked up in memory."""
+    handlers = [found for found in gc.get_objects() if issubclass(type(found), CallbackHandler)]
+    return [other for found in handlers if callback in found.callbacks for other in found.callbacks]
+
+
+def _type_name(value: Any) -> str:
+    return type(value).__name__

@@ -88,6 +88,37 @@ def check_teacher(student: Any, teacher: Any) -> None:
         raise ValueError(f"The teacher has {heads[1]} labels and the student {heads[0]}.")
 
 
+def check_label_loss(args: Any, model: Any, compute_loss_func: Any = None) -> None:
+    """Refuse settings of a Trainer's loss that a distilled one would leave out without a word.
+
+    Args:
+        args: of the Trainer.
+        model: the student.
+        compute_loss_func: of the Trainer.
+
+    Raises:
+        ValueError: naming the setting, and what to set instead.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no place beside a teacher, whose probabilities "
+            "are softer labels already. Set label_smoothing_factor=0."
+        )
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type != "nll":
+        raise ValueError(
+            f"loss_type={loss_type!r} is not what a teacher is mixed with: that is the plain loss on the labels. Set "
+            "loss_type='nll', or train without a teacher."
+        )
+    if compute_loss_func is not None:
+        raise ValueError("compute_loss_func would not be called: the loss comes from the teacher. Leave one out.")
+    if getattr(find_anatomy(model).config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits=True adds a loss that balances experts, which a distilled loss leaves out. Set "
+            "model.config.output_router_logits=False."
+        )
+
+
 def teacher_divergence(
     student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -165,27 +196,42 @@ def layer_map(student: Any) -> dict[int, int]:
 
 
 class DistillationMixin:
-    """Mixed into a `Trainer` or `SFTTrainer` class: the loss looks at a teacher as well.
+    """Mixed into a `Trainer` or `SFTTrainer` class: the training loss looks at a teacher as well.
+
+    Evaluation does not: ``eval_loss`` is the loss on the labels, and compares with that of any other run.
 
     Attributes:
         teacher: the dense model, in eval mode, on the student's device.
-        distillation: how much of the loss it makes.
+        distillation: how much of the loss it makes; by default all of it.
 
     Example:
         >>> class DistillingTrainer(DistillationMixin, SFTTrainer): ...  # doctest: +SKIP
         >>> trainer = DistillingTrainer(model=pruned, ...)  # doctest: +SKIP
-        >>> trainer.teacher, trainer.distillation = dense.eval(), DistillationConfig()  # doctest: +SKIP
+        >>> trainer.teacher, trainer.distillation = dense.eval(), DistillationConfig(weight=0.5)  # doctest: +SKIP
     """
 
-    teacher: Any
-    distillation: DistillationConfig
+    teacher: Any = None
+    distillation: DistillationConfig = DistillationConfig()
     accelerator: Any
     args: Any
+    model: Any
+    compute_loss_func: Any
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer.train`, after a look at the settings (see `check_label_loss`)."""
+        check_label_loss(self.args, self.model, self.compute_loss_func)
+        if self.teacher is None:
+            raise ValueError("The trainer has no teacher: set trainer.teacher to the dense model in eval mode.")
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mixture of the loss on the labels and the divergence from the teacher."""
+        """Return the mixture of the loss on the labels and the divergence from the teacher; in evaluation the first."""
+        if not model.training:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         settings = self.distillation
         inputs, labels = dict(inputs), inputs["labels"]
         del inputs["labels"]

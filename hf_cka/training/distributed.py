@@ -33,7 +33,7 @@ def rebuild_ddp(wrapped: Any) -> None:
     """Let a `DistributedDataParallel` see the parameters its module has now; anything else is left alone.
 
     It is initialised anew in place, because the training loop holds on to the object. Without that, its reducer waits
-    for gradients of parameters that are gone.
+    for gradients of parameters that are gone. If it fails, the object is as it was, reducer included.
 
     Args:
         wrapped: the model as the Trainer runs it.
@@ -58,6 +58,12 @@ def rebuild_ddp(wrapped: Any) -> None:
     if not ddp.broadcast_buffers:  # named only where it says something: newer versions of torch deprecate it
         settings["broadcast_buffers"] = False
     hooks = list(ddp._comm_hooks)  # such as a compression of gradients
-    ddp.__init__(ddp.module, bucket_cap_mb=ddp.bucket_bytes_cap / 2**20, **settings)
-    for hook, state in hooks:
-        ddp.register_comm_hook(state, hook)
+    before = dict(ddp.__dict__)
+    try:
+        ddp.__init__(ddp.module, bucket_cap_mb=ddp.bucket_bytes_cap / 2**20, **settings)
+        for hook, state in hooks:
+            ddp.register_comm_hook(state, hook)
+    except BaseException:
+        ddp.__dict__.clear()
+        ddp.__dict__.update(before)
+        raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_cka.data import Batch, row_text
-from hf_cka.training.distillation import DistillationConfig, DistillationMixin, check_teacher
+from hf_cka.training.distillation import DistillationConfig, DistillationMixin, check_label_loss, check_teacher
 from hf_cka.training.recovery import RecoveryConfig, finish_recovery, prepare_recovery
 
 
@@ -67,15 +67,15 @@ def recover(
         distillation: how; by default the divergence from the teacher alone, at temperature 1.
         batches: model-ready dicts, for methods that measure the model first.
         args: `TrainingArguments` or `SFTConfig`; then ``settings`` stay empty.
-        eval_dataset: for the Trainer's evaluations.
+        eval_dataset: for the Trainer's evaluations, whose loss is that on the labels, with a teacher as well.
         callbacks: of the Trainer.
         resume_from_checkpoint: as of `Trainer.train`, with the pruned model as it was at the start.
         seed: of LoRA's first weights, the order of the data and dropout.
         settings: fields of the arguments, such as ``max_steps``, ``learning_rate``, ``output_dir``, ``max_length``.
 
     Raises:
-        ValueError: for a teacher with another vocabulary, rows without a usable column, settings beside ``args``, or as
-            `prepare_recovery`; before training.
+        ValueError: for a teacher with another vocabulary, a loss that cannot be mixed with a teacher's, rows without a
+            usable column, settings beside ``args``, or as `prepare_recovery`; before training.
 
     Example:
         >>> result = recover(pruned, rows, "lora", processing_class=tokenizer, max_steps=200)  # doctest: +SKIP
@@ -97,6 +97,8 @@ def recover(
     with tempfile.TemporaryDirectory() as scratch:
         if args is None:
             args = _arguments(tokenized, {"output_dir": scratch, "save_strategy": "no", "seed": seed, **settings})
+        if teacher is not None:
+            check_label_loss(args, model)
         set_seed(args.seed)
         trained = prepare_recovery(model, config, batches)
         kind, more = _trainer_class(tokenized, teacher is not None), {}

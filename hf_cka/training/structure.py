@@ -18,6 +18,7 @@ from hf_cka.pruning.criteria.inputs import output_projections
 from hf_cka.pruning.plan import PruningPlan
 from hf_cka.pruning.repair import repair
 from hf_cka.pruning.surgery import apply_plan, parameter_map
+from hf_cka.training.distributed import rebuild_ddp
 from hf_cka.training.optimizer import check_followable, follow
 
 
@@ -28,8 +29,9 @@ def change_structure(
     optimizer: Any = None,
     method: str | None = None,
     batches: Sequence[Batch] = (),
+    wrapped: Any = None,
 ) -> None:
-    """Apply a plan to a model in place, with a repair, and let the optimizer follow.
+    """Apply a plan to a model in place, with a repair, and let its wrapper and the optimizer follow.
 
     Args:
         model: changed in place.
@@ -37,10 +39,11 @@ def change_structure(
         optimizer: over its parameters, if there is one already.
         method: the repair, by name.
         batches: calibration data of the repair.
+        wrapped: the model as it is run, if that is a `DistributedDataParallel`.
 
     Raises:
         ValueError: as `apply_plan`, `repair` and `check_followable`.
-        Exception: whatever else comes (out of memory, an interruption); model and optimizer are as before then.
+        Exception: whatever else comes (out of memory, an interruption); all three are as before then.
     """
     survivors = parameter_map(model, plan)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -50,6 +53,7 @@ def change_structure(
         if method is not None:
             repair(model, plan, batches, method, progress=False)
         apply_plan(model, plan)
+        rebuild_ddp(wrapped)
     # only references move from here on
     if optimizer is not None:
         follow(optimizer, names, dict(model.named_parameters()), survivors)

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# `accelerate launch`, where --cpu starts one process whatever --num_processes says (accelerate 1.15), and --multi_gpu
+# as many as asked, of which the Trainer's use_cpu makes gloo processes. Port 0 is a free one.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
+LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no"]
 # Dropout is off: it is drawn per process. Gradient checkpointing makes DDP expect every parameter, as under TRL.
 SCRIPT = """
 import json, sys, time, torch
@@ -53,7 +57,7 @@ def launched(folder: Path, method: str, mode: str, processes: int) -> list[dict]
     script.write_text(SCRIPT)
     run = [sys.executable]
     if processes > 1:
-        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        run += [*LAUNCH, f"--num_processes={processes}"]
     done = subprocess.run(
         [*run, str(script), str(folder), method, mode, str(8 // processes)],
         capture_output=True,
@@ -83,6 +87,20 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/
 module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
 ddp = DistributedDataParallel(module, find_unused_parameters=False)
 ddp.register_comm_hook("compression", hook)
+real = torch.distributed.Reducer
+
+def out_of_memory(*args, **kwargs):
+    raise MemoryError
+
+torch.distributed.Reducer = out_of_memory
+try:
+    rebuild_ddp(ddp)
+except MemoryError:
+    torch.distributed.Reducer = real
+for _ in range(2):  # as before the failure
+    ddp(torch.ones(1, 4)).sum().backward()
+assert set(seen) == {"compression"}
+seen.clear()
 module[0] = torch.nn.Identity()
 module[1] = torch.nn.Linear(4, 2)
 with warnings.catch_warnings():
@@ -99,7 +117,7 @@ os._exit(0)  # a reducer that goes after its process group waits for gloo's thre
 """
 
 
-def test_a_rebuilt_ddp_keeps_its_settings_and_hooks_without_a_warning(tmp_path):
+def test_a_rebuilt_ddp_keeps_its_settings_and_hooks_and_a_failed_one_everything(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", REBUILT, str(tmp_path)],
         capture_output=True,

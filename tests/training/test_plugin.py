@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_cka import PruningCallback, PruningConfig, PruningSchedule, TrainerPlugin
@@ -242,7 +243,15 @@ def test_refusals_come_before_the_first_step(tmp_path):
         settings = {"save_strategy": "no", **changes}
         return (plugin or TrainerPlugin(DEPTH, TWICE)).attach(trainer_for(llama(), tmp_path, **settings))
 
-    averaged = attached()
+    fresh = attached()
+    fresh.model_init = lambda trial: llama()
+    static, mixed = (DistributedDataParallel.__new__(DistributedDataParallel) for _ in range(2))
+    for wrapper in (static, mixed):  # only what the check looks at; a real one needs a process group
+        torch.nn.Module.__init__(wrapper)
+        wrapper.static_graph, wrapper.mixed_precision = wrapper is static, object() if wrapper is mixed else None
+    averaged, alone = attached(), trainer_for(llama(), tmp_path, save_strategy="no")
+    alone.add_callback(PruningCallback(DEPTH, TWICE))
+    alone.add_callback(type("AnyEMACallback", (TrainerCallback,), {})())
     averaged.add_callback(type("AnyEMACallback", (TrainerCallback,), {})())
     cases = [
         (
@@ -254,6 +263,8 @@ def test_refusals_come_before_the_first_step(tmp_path):
         (attached(TrainerPlugin(DEPTH, TWICE, mode="boundary"), save_only_model=True), "save_only_model"),
         (attached(TrainerPlugin(DEPTH, TWICE, mode="boundary"), ignore_data_skip=True), "ignore_data_skip"),
         (averaged, "AnyEMACallback averages"),
+        (alone, "AnyEMACallback averages"),
+        (fresh, "model_init makes a new"),
         (attached(TrainerPlugin(DEPTH, PruningSchedule(start=2, end=99, events=2))), "ends at step 99"),
         (attached(TrainerPlugin(PruningConfig(method="depth", ratio=0.97), TWICE)), "cannot be reached"),
         (attached(TrainerPlugin(DEPTH, TWICE, metric="eval_loss", max_change=1.0)), "eval_on_start"),
@@ -264,6 +275,11 @@ def test_refusals_come_before_the_first_step(tmp_path):
             trainer.train()
         assert trainer.state.global_step == 0
         assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+    for wrapper, message in ((static, "static_graph=True"), (mixed, "mixed_precision holds copies")):
+        wrapped = attached()
+        wrapped.model_wrapped = wrapper
+        with pytest.raises(ValueError, match=message):
+            check_run(wrapped.pruning, wrapped.args, wrapped.model, None)
     with pytest.raises(ValueError, match="prunes already"):
         TrainerPlugin(DEPTH).attach(attached())
     with pytest.raises(ValueError, match="Did you mean: 'boundary'"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_cka import PruningConfig, PruningPlan, apply_plan, prune, recover
-from hf_cka.training import DistillationConfig, RecoveryConfig
+from hf_cka.training import DistillationConfig, DistillationMixin, RecoveryConfig
 from hf_cka.training.distillation import hidden_difference, layer_map, teacher_divergence
 from tests.tiny import tiny_model
 
@@ -69,6 +69,37 @@ def test_recovery_heals(method, teacher, pruned_stories):
     assert result.model.config.pruning == pruned.config.pruning
     assert all(torch.equal(p, parent[n]) for n, p in dense.named_parameters())
     assert copy.deepcopy(result.model)(**held_out).logits.isfinite().all()
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+def test_the_evaluation_loss_of_a_distilled_run_is_that_of_any_other(base, pruned_stories, tmp_path):
+    """The training loss is not: a teacher makes it another one."""
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    dense, pruned, tokenizer, texts, _ = pruned_stories
+    plain, kinds = {"report_to": "none", "use_cpu": True, "max_steps": 1, "disable_tqdm": True}, {}
+    if base == "Trainer":
+        kind, args = transformers.Trainer, transformers.TrainingArguments(str(tmp_path), logging_steps=1, **plain)
+        ids = torch.randint(3, 500, (16, 12), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = Dataset.from_list([{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids])
+    else:
+        kind = trl.SFTTrainer
+        args = trl.SFTConfig(str(tmp_path), bf16=False, max_length=32, logging_steps=1, **plain)
+        rows, kinds = Dataset.from_dict({"text": texts[:16]}), {"processing_class": tokenizer}
+    found = []
+    for bases in ((kind,), (DistillationMixin, kind)):
+        trainer = type("Any", bases, {})(
+            model=copy.deepcopy(pruned), args=args, train_dataset=rows, eval_dataset=rows, **kinds
+        )
+        trainer.teacher, trainer.distillation = dense.eval(), DistillationConfig(weight=0.5, hidden_weight=1.0)
+        evaluated = trainer.evaluate()
+        trainer.train()
+        found.append((evaluated["eval_loss"], next(e["loss"] for e in trainer.state.log_history if "loss" in e)))
+    assert found[0][0] == found[1][0]
+    assert abs(found[0][1] - found[1][1]) > 0.05
 
 
 @pytest.mark.assets
@@ -174,6 +205,47 @@ def test_teachers_that_would_teach_wrongly_are_refused():
     packed.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ValueError, match="teacher is quantized"):
         recover(model, rows, teacher=packed)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"), ({"loss_type": "dft"}, "loss_type='dft'")],
+)
+def test_losses_that_a_teacher_would_silently_replace_are_refused(setting, message, tmp_path):
+    from trl import SFTConfig
+
+    model, teacher, rows = tiny_model("llama"), tiny_model("llama"), [{"text": "Once"}] * 4
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **setting)
+    with pytest.raises(ValueError, match=message):
+        recover(model, rows, "norms", teacher=teacher, args=args)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_distilling_trainer_looks_at_its_settings_before_the_first_step(tmp_path):
+    from transformers import Trainer
+
+    from tests.training.runs import trainer_for
+
+    def trainer(model=None, **changes):
+        made = trainer_for(model or tiny_model("llama"), tmp_path, **changes)
+        made.__class__ = type("Distilling", (DistillationMixin, Trainer), {})
+        made.teacher = tiny_model("llama", seed=1).eval()
+        return made
+
+    routed, called, orphan = trainer(), trainer(), trainer()
+    routed.model.config.output_router_logits = True
+    called.compute_loss_func = lambda *args, **kwargs: None
+    orphan.teacher = None
+    cases = [
+        (trainer(label_smoothing_factor=0.1), "label_smoothing_factor=0.1"),
+        (routed, "output_router_logits"),
+        (called, "compute_loss_func"),
+        (orphan, "has no teacher"),
+    ]
+    for made, message in cases:
+        with pytest.raises(ValueError, match=message):
+            made.train()
+        assert made.state.global_step == 0
 
 
 def test_a_layer_that_lost_both_sublayers_is_left_out_of_the_layer_map():
