@@ -63,7 +63,7 @@ def measure(folder: str, dense: str, options: argparse.Namespace) -> dict[str, f
     """In a fresh process: resident memory of each model, and how long each takes, in turn on the same inputs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import hf_cka  # noqa: F401
+    from hf_cka.evaluation.running import cache_reader
 
     models, found = {}, {}
     for name, path in (("pruned", folder), ("dense", dense)):
@@ -78,16 +78,17 @@ def measure(folder: str, dense: str, options: argparse.Namespace) -> dict[str, f
     vocabulary = models["dense"].config.vocab_size
     ids = torch.randint(5, vocabulary, (1, options.prefill), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {}
+    cache_of = {name: cache_reader(model) for name, model in models.items()}
     with torch.no_grad():
         for number in range(options.rounds + 1):
             # the other one first every second time, so that a drift of the machine favours neither
             for name in sorted(models, reverse=bool(number % 2)):
                 start = time.perf_counter()
-                cache = models[name](ids, use_cache=True, logits_to_keep=1).past_key_values
+                cache = cache_of[name](models[name](ids, use_cache=True, logits_to_keep=1))
                 middle = time.perf_counter()
                 for step in range(options.decode):
                     token = ids[:, step : step + 1]
-                    models[name](token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    models[name](token, use_cache=True, logits_to_keep=1, **cache)
                 end = time.perf_counter()
                 if number:  # the first round warms up
                     times.setdefault(f"{name}_prefill", []).append((middle - start) / options.prefill)

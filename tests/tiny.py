@@ -91,3 +91,14 @@ def tiny_batch(batch: int = 2, length: int = 12, vocab: int = 96, seed: int = 0,
         gap = slice(length - 4, None) if pad == "right" else slice(0, 4)
         ids[1, gap], mask[1, gap] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_tokenizer(*words: str) -> Any:
+    """A tokenizer of 96 words, as many as the tiny models have embeddings: the given ones and "w0", "w1", ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = [*(f"w{i}" for i in range(95 - len(words))), *words, "[UNK]"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="w0")

@@ -25,14 +25,13 @@ from hf_cka.evaluation.cost import Efficiency, Flops, count_flops, measure_effic
 from hf_cka.evaluation.disagreement import Disagreements, disagreements
 from hf_cka.evaluation.efficiency import (
     DecodeSpeed,
-    MemoryPeak,
     ParameterCount,
     count_parameters,
     decode_speed,
-    peak_memory,
 )
 from hf_cka.evaluation.energy import Energy, generation_energy
 from hf_cka.evaluation.language import Perplexity, perplexity
+from hf_cka.evaluation.memory import MemoryPeak, ModelMemory, model_memory, peak_memory
 from hf_cka.evaluation.multiple_choice import MultipleChoice, ScoredItem, multiple_choice
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions, write_report
 from hf_cka.evaluation.robustness import Robustness, robustness
@@ -69,6 +68,7 @@ __all__ = [
     "LayerSimilarity",
     "LayerStack",
     "MemoryPeak",
+    "ModelMemory",
     "MultipleChoice",
     "ParameterCount",
     "Perplexity",
@@ -95,6 +95,7 @@ __all__ = [
     "layer_strip",
     "library_versions",
     "measure_efficiency",
+    "model_memory",
     "multiple_choice",
     "original_layers",
     "peak_memory",

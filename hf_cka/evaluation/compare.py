@@ -19,6 +19,7 @@ from hf_cka.evaluation.cost import cache_bytes, count_flops
 from hf_cka.evaluation.disagreement import disagreements
 from hf_cka.evaluation.efficiency import count_parameters, decode_speed
 from hf_cka.evaluation.language import perplexity
+from hf_cka.evaluation.memory import model_memory
 from hf_cka.evaluation.multiple_choice import multiple_choice
 from hf_cka.evaluation.robustness import DAMAGES, robustness
 from hf_cka.evaluation.rows import completion_loss, exact_match
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = str | Mapping[str, Any]
+_DECODING = {"prompt_tokens": 12, "new_tokens": 24}  # of speed and memory
 
 
 def compare(
@@ -84,22 +86,35 @@ def compare(
     _check_folders([base, *named.values()])
     if not len(data):
         raise ValueError("There is no text to measure on: data is empty. Pass at least one text or row.")
+    name = base_name or (public_name(base) if isinstance(base, str) else "") or "dense"
+    if name in named:
+        name = f"{name} (base)"
+
+    def fresh_memory(shown: str, what: Any) -> dict[str, Any]:
+        """Before the model is loaded here: there is most room then."""
+        if not isinstance(what, str) or "speed" not in chosen.parts:
+            return {}
+        say(f"memory of {shown}")
+        try:
+            return {"memory": model_memory(what, **_DECODING, device=device, dtype=dtype)}
+        except RuntimeError as error:
+            return {"notes": [f"no peak memory: {error}"]}
+
+    memory = fresh_memory(name, base)
     say("loading the base")
     model, tokens = _loaded(base, tokenizer, device, dtype)
     texts = [text for row in data if (text := _text(row, tokens))]
     if not texts:
         raise ValueError(f"There is no text to measure on: all {len(data)} rows are empty.")
-    name = base_name or (public_name(base) if isinstance(base, str) else "") or "dense"
-    if name in named:
-        name = f"{name} (base)"
     bench = _Bench(model, tokens, data, texts, chosen, dict(logs or {}), say)
-    reference = bench.measure(name, model, base)
+    reference = bench.measure(name, model, base, memory)
     measured = []
     for other, what in named.items():
+        memory = fresh_memory(other, what)
         say(f"loading {other}")
         loaded, own = _loaded(what, tokens, device, dtype)
         _check_tokenizer(other, tokens, own)
-        measured.append(bench.measure(other, loaded, what))
+        measured.append(bench.measure(other, loaded, what, memory))
         del loaded, own
         gc.collect()
     return Comparison(reference, tuple(measured), chosen, source, str(next(model.parameters()).device))
@@ -119,11 +134,11 @@ class _Bench:
     _readouts: Any = field(default=None, init=False)
     _batches: Any = field(default=None, init=False)
 
-    def measure(self, name: str, model: Any, origin: Any) -> Measured:
+    def measure(self, name: str, model: Any, origin: Any, memory: Mapping[str, Any]) -> Measured:
         check_causal(model, "compare")
         parts, options = self.settings.parts, self.settings
         count = count_parameters(model)
-        found: dict[str, Any] = {"notes": []}
+        found: dict[str, Any] = {"notes": [], **memory}
         folder = Path(origin).expanduser() if isinstance(origin, str) else None
         if folder is not None and folder.is_dir():
             found["curves"] = training_curves(folder)
@@ -185,7 +200,7 @@ class _Bench:
         """Short measurements of base and model in turn, so that a drift of the machine hits both."""
         turn = (model,) if model is self.base else (self.base, model)
         speeds = [
-            [decode_speed(which, prompt_tokens=12, new_tokens=24, repeats=1, progress=False) for which in turn]
+            [decode_speed(which, **_DECODING, repeats=1, progress=False) for which in turn]
             for _ in range(self.settings.repeats)
         ]
         ratio = median(row[-1].tokens_per_second / row[0].tokens_per_second for row in speeds)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_cka.evaluation.blocks import Cell, Curve, Strip
 from hf_cka.evaluation.disagreement import Disagreements
 from hf_cka.evaluation.language import Perplexity
+from hf_cka.evaluation.memory import ModelMemory
 from hf_cka.evaluation.multiple_choice import MultipleChoice
 from hf_cka.evaluation.robustness import Robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch
@@ -93,6 +94,7 @@ class Measured:
         speed_ratio: median over measurements in turn with the base's of the one over the other; 1 for the base.
         decode_flops: operations of one decoded token after 12.
         cache_bytes_per_token: of the cache of keys and values.
+        memory: of a fresh process that loads the model and generates; None for a model that is in memory only.
         similarity: of its layers to the base's.
         disagreement: with the base.
         robustness: under each damage; the clean row first.
@@ -114,6 +116,7 @@ class Measured:
     speed_ratio: float | None = None
     decode_flops: int | None = None
     cache_bytes_per_token: float | None = None
+    memory: ModelMemory | None = None
     similarity: LayerSimilarity | None = None
     disagreement: Disagreements | None = None
     robustness: tuple[Robustness, ...] = ()
@@ -185,7 +188,15 @@ class Comparison:
             "CKA of last layer": similarity.values[-1][-1] if similarity else None,
             "MFLOPs / token": None if model.decode_flops is None else model.decode_flops / 1e6,
             "cache KB / token": None if model.cache_bytes_per_token is None else model.cache_bytes_per_token / 1e3,
+            "peak memory MB": _peak_mb(model.memory),
             "file MB": None if model.file_bytes is None else round(model.file_bytes / 1e6, 1),
             "non-embedding": model.non_embedding,
             "decoding speed": model.speed_ratio,
         }
+
+
+def _peak_mb(memory: ModelMemory | None) -> float | None:
+    """Of torch on the CUDA device where the model is on one, else of the whole process."""
+    if memory is None:
+        return None
+    return round((memory.peak_bytes if memory.cuda_bytes is None else memory.cuda_bytes) / 1e6, 1)

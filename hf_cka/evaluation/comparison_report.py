@@ -31,7 +31,11 @@ def comparison_report(comparison: Comparison, *, title: str = "", command: str =
     names = ", ".join(model.name for model in others)
     stack = LayerStack("What was removed, by original index", tuple(model.strip for model in comparison.models))
     sections = [
-        Section("Side by side", (results_table(comparison), stack, *_frontier(comparison)), text=_unmeasured(others)),
+        Section(
+            "Side by side",
+            (results_table(comparison), stack, *_frontier(comparison)),
+            text=_unmeasured(comparison.models),
+        ),
         *(section for model in others for section in _similarity(base, model)),
         *_robustness(comparison),
         *(
@@ -107,6 +111,12 @@ def _notes(comparison: Comparison) -> str:
         parts.append(
             f"decoding of one row over that of {base.name} ({base.tokens_per_second:.3g} tokens/s), median of "
             f"{settings.repeats} measurements in turn"
+        )
+    if base.memory:
+        before = f"of which {base.memory.imported_bytes / 1e6:.0f} MB are there before the model is loaded"
+        parts.append(
+            f"peak memory of a fresh process that loads the model and generates {base.memory.new_tokens} tokens, "
+            + (before if base.memory.cuda_bytes is None else "on the GPU")
         )
     where = f" On {comparison.source}, {comparison.device}." if comparison.source else f" On {comparison.device}."
     return ("; ".join(parts) + "." + where) if parts else ""
@@ -196,5 +206,5 @@ def _curves(models: Sequence[Measured]) -> tuple[Section, ...]:
     return (Section("Recovery", charts, text=text),) if charts else ()
 
 
-def _unmeasured(others: Sequence[Measured]) -> str:
-    return " ".join(f"{model.name}: {note}." for model in others for note in model.notes)
+def _unmeasured(models: Sequence[Measured]) -> str:
+    return " ".join(f"{model.name}: {note.removesuffix('.')}." for model in models for note in model.notes)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_cka.evaluation.efficiency import DecodeSpeed, ParameterCount, count_parameters, decode_speed, peak_memory
+from hf_cka.evaluation.efficiency import DecodeSpeed, ParameterCount, count_parameters, decode_speed
 from hf_cka.evaluation.energy import Energy, generation_energy
-from hf_cka.evaluation.running import check_causal, context_limit, input_device, measuring
+from hf_cka.evaluation.memory import peak_memory
+from hf_cka.evaluation.running import cache_reader, check_causal, context_limit, input_device, measuring
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Efficiency:
         speeds: one for each batch size; the first is the paper's setting of MoP: batch 1.
         added_bytes: highest memory above what was there before, while generating the largest batch: of torch on
             the CUDA device if the model is on one, else resident memory of the process (which an allocator that
-            keeps memory from before makes smaller).
+            keeps memory from before makes smaller; :func:`model_memory` measures in a fresh process).
         energy: of generation at batch 1; None if it was not asked for.
     """
 
@@ -175,7 +176,7 @@ def count_flops(model: Any, *, prompt_tokens: int = 12) -> Flops:
         with FlopCounterMode(display=False) as prefill:
             output = model(input_ids=ids, use_cache=True)
         with FlopCounterMode(display=False) as decode:
-            model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True)
+            model(input_ids=ids[:, :1], use_cache=True, **cache_reader(model)(output))
     return Flops(prefill.get_total_flops(), decode.get_total_flops(), prompt_tokens)
 
 
@@ -195,7 +196,7 @@ def cache_bytes(model: Any, num_tokens: int) -> int:
     """
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device=input_device(model))
     with measuring(model):
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = next(iter(cache_reader(model)(model(input_ids=ids, use_cache=True)).values()), None)
     if cache is None:
         raise ValueError(f"{type(model).__name__} returns no key/value cache.")
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]

@@ -1,22 +1,17 @@
-"""What a model costs: parameters, peak memory, tokens per second."""
+"""What a model costs: parameters, and tokens per second."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_cka.evaluation.running import check_causal, context_limit, input_device, measuring
+from hf_cka.evaluation.running import cache_reader, check_causal, context_limit, input_device, measuring
 
 
 @dataclass(frozen=True)
@@ -59,26 +54,6 @@ class DecodeSpeed:
     repeats: int
 
 
-@dataclass
-class MemoryPeak:
-    """Memory of this process during a block; filled in while it runs.
-
-    Args:
-        start_bytes: resident memory when the block began.
-        peak_bytes: the highest resident memory seen in it.
-        cuda_bytes: the highest memory allocated by torch on the current CUDA device in it; None without CUDA.
-    """
-
-    start_bytes: int
-    peak_bytes: int
-    cuda_bytes: int | None = None
-
-    @property
-    def added_bytes(self) -> int:
-        """Peak above the start."""
-        return self.peak_bytes - self.start_bytes
-
-
 def count_parameters(model: Any) -> ParameterCount:
     """Count the parameters of a model: all, non-embedding, trainable.
 
@@ -103,71 +78,6 @@ def count_parameters(model: Any) -> ParameterCount:
         non_embedding=sum(parameter.numel() for parameter in parameters if id(parameter) not in embeddings),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
-
-
-@contextmanager
-def peak_memory(interval: float = 0.01) -> Iterator[MemoryPeak]:
-    """Measure the highest memory of this process inside the block.
-
-    Resident memory is sampled by a thread every ``interval`` seconds (and at both ends), so a spike shorter than
-    that can be missed. It counts the whole process: memory that an allocator keeps from before is in
-    ``start_bytes``, so compare peaks of fresh processes, or ``added_bytes`` with care.
-
-    Args:
-        interval: seconds between two samples.
-
-    Raises:
-        ValueError: if the interval is not positive.
-
-    Example:
-        >>> with peak_memory() as memory:
-        ...     block = bytearray(50_000_000)
-        >>> memory.peak_bytes >= memory.start_bytes > 0
-        True
-    """
-    if interval <= 0:
-        raise ValueError(f"interval={interval} must be positive.")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = resident_bytes()
-    peak = MemoryPeak(start, start)
-    stop = threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(interval):
-            peak.peak_bytes = max(peak.peak_bytes, resident_bytes())
-
-    thread = threading.Thread(target=sample, name="peak_memory", daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-        peak.peak_bytes = max(peak.peak_bytes, resident_bytes())
-        if cuda:
-            peak.cuda_bytes = torch.cuda.max_memory_allocated()
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process.
-
-    Raises:
-        ImportError: on systems without /proc, if ``psutil`` is not installed.
-
-    Example:
-        >>> resident_bytes() > 1_000_000
-        True
-    """
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        try:
-            import psutil
-        except ImportError as error:
-            raise ImportError("Measuring memory on this system needs psutil: pip install psutil") from error
-        return int(psutil.Process().memory_info().rss)
 
 
 def decode_speed(
@@ -242,12 +152,13 @@ def decode_speed(
 
 def _timed_run(model: Any, prompt: torch.Tensor, new_tokens: int, device: torch.device) -> tuple[float, float]:
     """Return the seconds of the prefill and of decoding ``new_tokens - 1`` tokens after it."""
+    cache_of = cache_reader(model)
     begin = _now(device)
     output = model(input_ids=prompt, use_cache=True)
     token = output.logits[:, -1:].argmax(-1)
     middle = _now(device)
     for _ in range(new_tokens - 1):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **cache_of(output))
         token = output.logits[:, -1:].argmax(-1)
     return middle - begin, _now(device) - middle
 

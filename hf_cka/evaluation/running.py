@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,3 +69,28 @@ def filler_id(tokenizer: Any) -> int:
     """Return a token to pad with, where padding is masked or cut off: the pad token, the end token, or 0."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in candidates if token is not None))
+
+
+def cache_reader(model: Any) -> Callable[[Any], dict[str, Any]]:
+    """Return what turns the output of a forward pass into the arguments that go on from its key/value cache.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache``, in outputs and in arguments; a model with code of its
+    own may know the old argument only. Without a cache in the output there are no arguments.
+
+    Args:
+        model: any causal language model.
+
+    Example:
+        >>> cache_of = cache_reader(model)  # doctest: +SKIP
+        >>> model(input_ids=token, use_cache=True, **cache_of(model(input_ids=ids, use_cache=True)))  # doctest: +SKIP
+    """
+    by_old_name = "past_key_values" in inspect.signature(model.forward).parameters
+
+    def read(output: Any) -> dict[str, Any]:
+        held = set(output.keys())  # asking the output itself for the old name warns
+        field = next((name for name in ("cache", "past_key_values") if name in held), None)
+        if field is None:
+            return {}
+        return {"past_key_values" if by_old_name else field: output[field]}
+
+    return read

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_cka.modeling.fresh_process import run_fresh
 from hf_cka.modeling.modeling_hf_cka import MODEL_TYPE
 
 _PROBE = Path(__file__).with_name("probe.py")
@@ -159,20 +158,11 @@ def _ask(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
     request, answer = scratch / "request.json", scratch / "answer.json"
     request.write_text(json.dumps(jobs))
     # modules of remote code are cached by folder name; a cache of its own keeps this run from seeing an older file
-    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    package = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-P", str(_PROBE), str(request), str(answer)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode or not answer.is_file():
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        reason = "was killed, likely for want of memory" if done.returncode < 0 else f"ended with {done.returncode}"
-        return [{"error": f"the process that reloads the checkpoint {reason}: {last}"} for _ in jobs]
+    environment = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    try:
+        run_fresh([str(_PROBE), str(request), str(answer)], "reloads the checkpoint", environment)
+    except RuntimeError as error:
+        return [{"error": str(error)} for _ in jobs]
     return json.loads(answer.read_text())
 
 

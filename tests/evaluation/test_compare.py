@@ -58,6 +58,8 @@ def test_every_part_is_measured_and_says_the_same_everywhere(stories, tmp_path) 
     assert depth.cache_bytes_per_token == pytest.approx(found.base.cache_bytes_per_token * 4 / 5)
     assert depth.decode_flops < found.base.decode_flops
     assert depth.disagreement.kl > 0
+    assert depth.memory is None  # a loaded model has no process of its own
+    assert "peak memory MB" not in found.results()[0]
     text = "\n\n".join(TEXTS)
     alone = perplexity(others["depth"], tokenizer, text, context=64, max_tokens=128)
     assert math.isclose(depth.perplexity.value, alone.value, rel_tol=1e-6)
@@ -83,6 +85,9 @@ def test_the_command_writes_a_page_and_the_card_takes_its_numbers(folders, monke
     strips = next(b for s in report["sections"] for b in s["blocks"] if b["kind"] == "layer_stack")["strips"]
     assert strips[2]["removed_attention"] == [1]
     assert 0 < strips[2]["mlp_share"][3] < 1
+    peaks = [row["peak memory MB"] for row in report["results"]]
+    assert all(peak > 50 for peak in peaks)  # three fresh processes, each with Python and torch in it
+    assert f"{peaks[1]:.1f}" in page
     done = run.invoke(app, ["card", "--model", "depth", "--license", "mit", "--report", "out/report.json"])
     assert done.exit_code == 0, done.output
     card = (folders / "depth" / "README.md").read_text()

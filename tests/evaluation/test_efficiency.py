@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_cka.evaluation import count_parameters, decode_speed, peak_memory
+from hf_cka.evaluation.running import cache_reader
 
 
 def _llama(**changes) -> LlamaForCausalLM:
@@ -91,6 +94,29 @@ def test_decoding_runs_exactly_as_many_tokens_as_asked() -> None:
     assert 0 < speed.slowest <= speed.tokens_per_second <= speed.fastest
     assert speed.prefill_seconds > 0
     assert model.training
+
+
+def test_decoding_uses_no_deprecated_name(caplog) -> None:
+    with warnings.catch_warnings(action="error", category=FutureWarning):
+        decode_speed(_llama(), prompt_tokens=4, new_tokens=3, repeats=1)
+    assert not [record for record in caplog.records if "past_key_values" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("forward", "field", "argument"),
+    [
+        (lambda input_ids, cache=None: None, "cache", "cache"),
+        (lambda input_ids, past_key_values=None: None, "past_key_values", "past_key_values"),
+        (lambda input_ids, past_key_values=None: None, "cache", "past_key_values"),
+        (lambda **wrapped: None, "cache", "cache"),
+        (lambda **wrapped: None, "past_key_values", "past_key_values"),
+    ],
+    ids=["5.24", "5.23", "own code under 5.24", "wrapped under 5.24", "wrapped under 5.23"],
+)
+def test_the_cache_is_passed_on_by_the_name_that_the_model_knows(forward, field: str, argument: str) -> None:
+    cache_of = cache_reader(SimpleNamespace(forward=forward))
+    assert cache_of({"logits": 0, field: "kept"}) == {argument: "kept"}
+    assert cache_of({"logits": 0}) == {}
 
 
 @pytest.mark.parametrize(

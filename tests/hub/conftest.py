@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_cka import PruningPlan, apply_plan, save_pruned
-from tests.tiny import tiny_batch, tiny_model
+from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
 
 RECORD = {
     "method": "depth",
@@ -30,17 +30,6 @@ class Saved(NamedTuple):
     logits: torch.Tensor
 
 
-def tokenizer() -> Any:
-    """A tokenizer of 96 words, as the tiny models have them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(94)} | {"/home/someone/": 94, "[UNK]": 95}  # a vocabulary is no leak
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="w0")
-
-
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> dict[str, Saved]:
     """Never write into these folders; copy them (`shutil.copytree`)."""
@@ -51,7 +40,7 @@ def saved(tmp_path_factory) -> dict[str, Saved]:
         apply_plan(model, PruningPlan(num_layers=4, model_type="llama", **plan))
         scores = {f"layer {i}": i / 10 for i in range(4)}
         folder = save_pruned(
-            model, root / name, tokenizer=tokenizer(), record=RECORD, scores=scores, verify=False
+            model, root / name, tokenizer=tiny_tokenizer("/home/someone/"), record=RECORD, scores=scores, verify=False
         ).folder
         with torch.no_grad():
             found[name] = Saved(folder, model(**tiny_batch(pad="left"), use_cache=False).logits)
