@@ -34,7 +34,7 @@ from hf_cka.evaluation.language import Perplexity, perplexity
 from hf_cka.evaluation.memory import MemoryPeak, ModelMemory, model_memory, peak_memory
 from hf_cka.evaluation.multiple_choice import MultipleChoice, ScoredItem, multiple_choice
 from hf_cka.evaluation.report import Highlight, ReportData, Section, library_versions, write_report
-from hf_cka.evaluation.robustness import Robustness, robustness
+from hf_cka.evaluation.robustness import ChoiceRobustness, Robustness, choice_robustness, robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, Example, completion_loss, exact_match
 from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
 from hf_cka.evaluation.structure import layer_strip, original_layers
@@ -44,6 +44,7 @@ from hf_cka.evaluation.training_curves import training_curves
 __all__ = [
     "Check",
     "Checks",
+    "ChoiceRobustness",
     "Classification",
     "Comparison",
     "ComparisonSettings",
@@ -80,6 +81,7 @@ __all__ = [
     "Strip",
     "Table",
     "TaskResult",
+    "choice_robustness",
     "classify",
     "classify_by_words",
     "compare",

@@ -21,7 +21,7 @@ from hf_cka.evaluation.efficiency import count_parameters, decode_speed
 from hf_cka.evaluation.language import perplexity
 from hf_cka.evaluation.memory import model_memory
 from hf_cka.evaluation.multiple_choice import multiple_choice
-from hf_cka.evaluation.robustness import DAMAGES, robustness
+from hf_cka.evaluation.robustness import choice_robustness, robustness
 from hf_cka.evaluation.rows import completion_loss, exact_match
 from hf_cka.evaluation.running import check_causal, context_limit
 from hf_cka.evaluation.similarity_map import layer_similarity
@@ -134,6 +134,11 @@ class _Bench:
     _readouts: Any = field(default=None, init=False)
     _batches: Any = field(default=None, init=False)
 
+    @property
+    def questions(self) -> list[Mapping[str, Any]]:
+        found = [row for row in self.data if not isinstance(row, str) and _is_question(row)]
+        return found[: self.settings.rows]
+
     def measure(self, name: str, model: Any, origin: Any, memory: Mapping[str, Any]) -> Measured:
         check_causal(model, "compare")
         parts, options = self.settings.parts, self.settings
@@ -159,17 +164,14 @@ class _Bench:
         if "robustness" in parts:
             self.say(f"robustness of {name}")
             limit = context_limit(model) or 96
-            found["robustness"] = robustness(
-                model,
-                self.tokenizer,
-                self.texts[: options.rows],
-                damages=tuple(DAMAGES),
-                rates=options.rates,
-                seed=options.seed,
-                max_context=min(64, limit * 2 // 3),
-                max_continuation=min(32, limit // 3),
-                progress=False,
-            )
+            damage: dict[str, Any] = {"rates": options.rates, "seed": options.seed, "progress": False}
+            lengths: dict[str, Any] = {"max_context": min(64, limit * 2 // 3), "max_continuation": min(32, limit // 3)}
+            found["robustness"] = robustness(model, self.tokenizer, self.texts[: options.rows], **lengths, **damage)
+            if self.questions:
+                try:
+                    found["choice_robustness"] = choice_robustness(model, self.tokenizer, self.questions, **damage)
+                except ValueError as error:  # a damaged question may be longer than the context
+                    found["notes"].append(f"no robustness of the questions: {error}")
         if model is not self.base:
             self._compare(name, model, found)
         found["notes"] = tuple(found["notes"])
@@ -191,9 +193,8 @@ class _Bench:
             found["exact"] = exact_match(
                 model, self.tokenizer, rows, max_new_tokens=options.max_new_tokens, progress=False
             )
-        questions = [row for row in self.data if not isinstance(row, str) and _is_question(row)][: options.rows]
-        if questions:
-            found["choices"] = multiple_choice(model, self.tokenizer, questions, progress=False)
+        if self.questions:
+            found["choices"] = multiple_choice(model, self.tokenizer, self.questions, progress=False)
         return found
 
     def _speed(self, model: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Measuring never belongs here (see ``compare``), nor does how it is shown (see ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from hf_cka.evaluation.disagreement import Disagreements
 from hf_cka.evaluation.language import Perplexity
 from hf_cka.evaluation.memory import ModelMemory
 from hf_cka.evaluation.multiple_choice import MultipleChoice
-from hf_cka.evaluation.robustness import Robustness
+from hf_cka.evaluation.robustness import ChoiceRobustness, Robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch
 from hf_cka.evaluation.similarity_map import LayerSimilarity
 from hf_cka.lookup import lookup
@@ -35,7 +35,7 @@ class ComparisonSettings:
         limit: rows of each task; all by default.
         context: window of perplexity, in tokens; shorter where the model's own context is.
         max_tokens: tokens of text for perplexity.
-        rows: prompt/completion rows for loss and exact match, texts for robustness.
+        rows: prompt/completion rows for loss and exact match, questions for accuracy, texts for robustness.
         max_new_tokens: of a generated answer.
         num_samples: for the similarity of layers and the disagreement.
         max_length: tokens of such a sample.
@@ -98,6 +98,7 @@ class Measured:
         similarity: of its layers to the base's.
         disagreement: with the base.
         robustness: under each damage; the clean row first.
+        choice_robustness: the same of the questions, where the data has some.
         curves: losses of its training.
         tasks: metrics of the further tasks, by "task metric".
         notes: what could not be measured, and why.
@@ -120,6 +121,7 @@ class Measured:
     similarity: LayerSimilarity | None = None
     disagreement: Disagreements | None = None
     robustness: tuple[Robustness, ...] = ()
+    choice_robustness: tuple[ChoiceRobustness, ...] = ()
     curves: tuple[Curve, ...] = ()
     tasks: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -152,7 +154,8 @@ class Comparison:
         """Return one mapping of column to value a model; columns that no model has are left out.
 
         Sizes are in parameters and bytes; ``removed`` is the share of the base's parameters; ``decoding speed`` is
-        that of one row over the base's, measured in turn, so that a drift of the machine hits both.
+        that of one row over the base's, measured in turn, so that a drift of the machine hits both; what is "damaged"
+        is the mean over the kinds and rates of damage.
         """
         rows = [self._row(model) for model in self.models]
         used = {name for row in rows for name, value in row.items() if value is not None}
@@ -182,7 +185,9 @@ class Comparison:
             "accuracy": model.choices.accuracy if model.choices else None,
             "accuracy, normalised": model.choices.accuracy_norm if model.choices else None,
             **model.tasks,
+            "accuracy, damaged": _mean_damaged(model.choice_robustness),
             "next-token accuracy": clean.accuracy if clean else None,
+            "next-token accuracy, damaged": _mean_damaged(model.robustness),
             "KL to base": model.disagreement.kl if model.disagreement else None,
             "same top token": model.disagreement.same_top if model.disagreement else None,
             "CKA of last layer": similarity.values[-1][-1] if similarity else None,
@@ -193,6 +198,12 @@ class Comparison:
             "non-embedding": model.non_embedding,
             "decoding speed": model.speed_ratio,
         }
+
+
+def _mean_damaged(rows: Sequence[Robustness | ChoiceRobustness]) -> float | None:
+    """The mean accuracy over all kinds and rates of damage."""
+    damaged = [row.accuracy for row in rows if row.damage != "none"]
+    return sum(damaged) / len(damaged) if damaged else None
 
 
 def _peak_mb(memory: ModelMemory | None) -> float | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_cka.evaluation.blocks import Block, Cell, Curve, Curves, Frontier, LayerStack, Point, Table
 from hf_cka.evaluation.lines import short_number
@@ -15,7 +15,16 @@ from hf_cka.evaluation.report import Highlight, ReportData, Section, library_ver
 if TYPE_CHECKING:
     from hf_cka.evaluation.comparison import Comparison, Measured
 
-_PERCENT = ("removed", "exact match", "accuracy", "accuracy, normalised", "next-token accuracy", "same top token")
+_PERCENT = (
+    "removed",
+    "exact match",
+    "accuracy",
+    "accuracy, normalised",
+    "accuracy, damaged",
+    "next-token accuracy",
+    "next-token accuracy, damaged",
+    "same top token",
+)
 _MAX_CURVES = 6
 
 
@@ -104,7 +113,11 @@ def _notes(comparison: Comparison) -> str:
             f"(standard error about {base.choices.standard_error:.1%})"
         )
     if base.robustness:
-        parts.append(f"next-token accuracy on {base.robustness[0].tokens:,} tokens")
+        rates = ", ".join(f"{rate:.0%}" for rate in settings.rates)
+        parts.append(
+            f"next-token accuracy on {base.robustness[0].tokens:,} tokens; damaged: mean over typos, casing and "
+            f"dropped words in what is read, at {rates}"
+        )
     if any(model.disagreement for model in comparison.others):
         parts.append("KL in nats a token")
     if base.tokens_per_second:
@@ -173,25 +186,44 @@ def _similarity(base: Measured, model: Measured) -> tuple[Section, ...]:
     return (Section(f"Layers: {model.name}", blocks, text=text),)
 
 
+_DAMAGES_NOTE = (
+    "Typos: share of letters left out, doubled or hit beside their key; casing: share of words with upper and lower "
+    "case swapped; dropped words: share of words left out."
+)
+
+
 def _robustness(comparison: Comparison) -> tuple[Section, ...]:
-    models = [model for model in comparison.models if model.robustness]
-    if not models:
-        return ()
-    columns = [
-        "damage to what is read",
-        *(f"{what}, {model.name}" for what in ("accuracy", "perplexity") for model in models),
-    ]
+    tables = []
+    texts = {model.name: model.robustness for model in comparison.models if model.robustness}
+    if texts:
+        tokens = comparison.base.robustness[0].tokens
+        note = f"Next-token accuracy and perplexity on {tokens:,} tokens of clean text that follows the damaged text. "
+        tables.append(_damage_table("Under damaged text", texts, ("accuracy", "perplexity"), note + _DAMAGES_NOTE))
+    questions = {model.name: model.choice_robustness for model in comparison.models if model.choice_robustness}
+    if questions:
+        n = next(iter(questions.values()))[0].n
+        note = f"Accuracy on {n} questions whose text is damaged and whose choices are not. "
+        columns = ("accuracy", "accuracy, normalised")
+        tables.append(_damage_table("Questions under damaged text", questions, columns, note + _DAMAGES_NOTE))
+    return (Section("Robustness", tuple(tables)),) if tables else ()
+
+
+def _damage_table(title: str, models: Mapping[str, Sequence[Any]], measures: Sequence[str], note: str) -> Table:
+    """One row a case of damage, one column a measure and model."""
+    columns = ["damage to what is read", *(f"{measure}, {name}" for measure in measures for name in models)]
     rows = []
-    for case in zip(*(model.robustness for model in models), strict=True):
+    for case in zip(*models.values(), strict=True):
         first = case[0]
         label = "none" if first.damage == "none" else f"{first.damage}, {first.rate:.0%}"
-        rows.append((label, *(f"{one.accuracy:.1%}" for one in case), *(one.perplexity for one in case)))
-    note = (
-        f"Next-token accuracy and perplexity on {models[0].robustness[0].tokens:,} tokens of clean text that follows "
-        "the damaged text. Typos: share of letters left out, doubled or hit beside their key; casing: share of words "
-        "with upper and lower case swapped; dropped words: share of words left out."
-    )
-    return (Section("Robustness", (Table("Under damaged text", tuple(columns), tuple(rows), note=note),)),)
+        rows.append((label, *(_DAMAGE_CELLS[measure](one) for measure in measures for one in case)))
+    return Table(title, tuple(columns), tuple(rows), note=note)
+
+
+_DAMAGE_CELLS: dict[str, Callable[[Any], Cell]] = {
+    "accuracy": lambda one: f"{one.accuracy:.1%}",
+    "accuracy, normalised": lambda one: f"{one.accuracy_norm:.1%}",
+    "perplexity": lambda one: one.perplexity,
+}
 
 
 def _curves(models: Sequence[Measured]) -> tuple[Section, ...]:

@@ -1,7 +1,7 @@
 """How quality falls when the text a model reads is damaged: typos, changed casing, dropped words.
 
-Only what is read is damaged; the continuation that is scored stays as it was. So every row of the result scores the
-very same tokens, and a perplexity under typos is not the perplexity *of* typos.
+Only what is read is damaged; the continuation that is scored, or the choices of a question, stay as they were. So every
+row of the result scores the very same tokens, and a perplexity under typos is not the perplexity *of* typos.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from hf_cka.data import pad
-from hf_cka.evaluation.running import check_causal, context_limit, input_device, measuring
+from hf_cka.evaluation.multiple_choice import TEMPLATE, multiple_choice
+from hf_cka.evaluation.running import check_causal, context_limit, filler_id, input_device, measuring
 from hf_cka.lookup import lookup
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def casing(text: str, rate: float, rng: random.Random) -> str:
         >>> casing("The cat sat", 1.0, random.Random(0))
         'tHE CAT SAT'
     """
-    return "".join(word.swapcase() + space if rng.random() < rate else word + space for word, space in _words(text))
+    return "".join(_each_word(text, rate, rng, str.swapcase))
 
 
 def dropped_words(text: str, rate: float, rng: random.Random) -> str:
@@ -82,9 +83,8 @@ def dropped_words(text: str, rate: float, rng: random.Random) -> str:
         >>> dropped_words("The cat sat", 1.0, random.Random(0))
         'The '
     """
-    words = list(_words(text))
-    kept = [word + space for word, space in words if rng.random() >= rate]
-    return "".join(kept or ["".join(words[0])] if words else [])
+    kept = "".join(_each_word(text, rate, rng, lambda word: ""))
+    return kept or "".join(_each_word(text, 0.0, rng, str)[:1])
 
 
 # the ways to damage a text; at one seed, what a lower rate damages a higher one does too
@@ -112,6 +112,25 @@ class Robustness:
     perplexity: float
     accuracy: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class ChoiceRobustness:
+    """Accuracy on multiple-choice questions under one kind of damage at one rate.
+
+    Args:
+        damage: "none" or a name of ``DAMAGES``.
+        rate: share of letters or words of the question, 0 to 1.
+        accuracy: by log-likelihood as it is.
+        accuracy_norm: by log-likelihood per character of the choice.
+        n: questions, the same in every row.
+    """
+
+    damage: str
+    rate: float
+    accuracy: float
+    accuracy_norm: float
+    n: int
 
 
 def robustness(
@@ -155,10 +174,7 @@ def robustness(
         ('typos', True)
     """
     check_causal(model, "robustness")
-    makers = {name: lookup(DAMAGES, name, "damage") for name in damages}
-    for rate in rates:
-        if not 0 < rate <= 1:
-            raise ValueError(f"The rate {rate} must be above 0 and at most 1 (a share of letters or words).")
+    cases = _cases(damages, rates)
     limit = context_limit(model)
     if limit is not None and max_context + max_continuation > limit:
         raise ValueError(
@@ -167,12 +183,11 @@ def robustness(
     parts = [part for text in texts if (part := _split(text)) is not None]
     if not parts:
         raise ValueError("No text has two words, so none can be split into a context and a continuation.")
-    cases: list[tuple[str, float]] = [("none", 0.0), *((name, rate) for name in makers for rate in rates)]
     found = []
     for name, rate in tqdm(cases, desc="robustness", unit="case", disable=not progress, delay=2):
         rows = []
         for index, (context, continuation) in enumerate(parts):
-            damaged = context if name == "none" else makers[name](context, rate, random.Random(f"{seed} {index}"))
+            damaged = _damaged(context, name, rate, seed, index)
             read = tokenizer(damaged, verbose=False)["input_ids"][-max_context:]
             scored = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"][:max_continuation]
             if read and scored:
@@ -183,17 +198,81 @@ def robustness(
     return tuple(found)
 
 
+def choice_robustness(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    damages: Sequence[str] = tuple(DAMAGES),
+    rates: Sequence[float] = (0.05, 0.2),
+    seed: int = 0,
+    template: str = TEMPLATE,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> tuple[ChoiceRobustness, ...]:
+    """Measure accuracy on multiple-choice questions whose question is damaged and whose choices are not.
+
+    Args:
+        model: a causal language model; its training mode is put back afterwards.
+        tokenizer: of the model.
+        rows: as :func:`hf_cka.evaluation.multiple_choice` takes them, each with a ``question``.
+        damages: names of ``DAMAGES``.
+        rates: shares of letters or words of the question that are damaged, above 0 and at most 1.
+        seed: of the damage, which is the same for every model.
+        template: the prompt; columns of the row in braces.
+        batch_size: choices a forward pass.
+        progress: show a bar if it takes longer than two seconds.
+
+    Returns:
+        The clean row first, then one row for each damage and rate.
+
+    Raises:
+        ValueError: for an unknown damage (near names are listed), a rate out of range, a row without a question, or
+            as :func:`hf_cka.evaluation.multiple_choice`; a damaged question has more tokens than a clean one.
+
+    Example:
+        >>> rows = choice_robustness(model, tokenizer, questions, rates=(0.1,))  # doctest: +SKIP
+        >>> rows[1].damage, rows[1].accuracy <= rows[0].accuracy  # doctest: +SKIP
+        ('typos', True)
+    """
+    cases = _cases(damages, rates)
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("question"), str):
+            raise ValueError(f"Row {index} has no question as text to damage; its columns are {sorted(row)}.")
+    found = []
+    for name, rate in tqdm(cases, desc="robustness", unit="case", disable=not progress, delay=2):
+        damaged = [
+            {**row, "question": _damaged(row["question"], name, rate, seed, index)} for index, row in enumerate(rows)
+        ]
+        got = multiple_choice(model, tokenizer, damaged, template=template, batch_size=batch_size, progress=False)
+        found.append(ChoiceRobustness(name, rate, got.accuracy, got.accuracy_norm, got.n))
+    return tuple(found)
+
+
+def _cases(damages: Sequence[str], rates: Sequence[float]) -> list[tuple[str, float]]:
+    """Return what is measured, the clean text first; raise ValueError for what cannot be."""
+    for name in damages:
+        lookup(DAMAGES, name, "damage")
+    for rate in rates:
+        if not 0 < rate <= 1:
+            raise ValueError(f"The rate {rate} must be above 0 and at most 1 (a share of letters or words).")
+    return [("none", 0.0), *((name, rate) for name in damages for rate in rates)]
+
+
+def _damaged(text: str, name: str, rate: float, seed: int, index: int) -> str:
+    return text if name == "none" else DAMAGES[name](text, rate, random.Random(f"{seed} {index}"))
+
+
 def _score(
     model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> tuple[float, int, int]:
     """Return the summed loss of the second parts given the first, how many tokens were most likely, and how many."""
     device = input_device(model)
-    filler = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     nll, right, tokens = 0.0, 0, 0
     with measuring(model):
         for at in range(0, len(rows), batch_size):
             batch = rows[at : at + batch_size]
-            ids, mask = pad([read + scored for read, scored in batch], filler)
+            ids, mask = pad([read + scored for read, scored in batch], filler_id(tokenizer))
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
             for row, (read, scored) in enumerate(batch):
                 predicted = logits[row, len(read) - 1 : len(read) + len(scored) - 1].float()
@@ -218,9 +297,12 @@ def _split(text: str | Mapping[str, Any]) -> tuple[str, str] | None:
     return text[:middle], text[middle:]
 
 
-def _words(text: str) -> Iterator[tuple[str, str]]:
-    for match in re.finditer(r"(\S+)(\s*)", text):
-        yield match[1], match[2]
+def _each_word(text: str, rate: float, rng: random.Random, change: Callable[[str], str]) -> list[str]:
+    """Return the words with the space after them, changed (its space with it, if nothing is left) at the rate."""
+    return [
+        match[0] if rng.random() >= rate else swapped + match[2] if (swapped := change(match[1])) else ""
+        for match in re.finditer(r"(\S+)(\s*)", text)
+    ]
 
 
 def _neighbours(letter: str) -> str:

@@ -137,10 +137,34 @@ def test_further_tasks_are_measured_on_every_model(stories, tmp_path) -> None:
 def test_questions_are_answered_and_their_texts_serve_the_rest(stories) -> None:
     model, tokenizer = stories
     rows = [{"question": text[:40], "choices": [text[40:], "no"], "gold": 0} for text in TEXTS]
-    settings = ComparisonSettings(parts=("quality",), context=64, max_tokens=128)
+    settings = ComparisonSettings(parts=("quality", "robustness"), context=64, max_tokens=128, rates=(0.1, 0.5))
     found = compare(model, {"same": model}, rows, tokenizer=tokenizer, settings=settings)
     assert found.others[0].choices.n == len(rows)
-    assert found.results()[0]["accuracy"] == multiple_choice(model, tokenizer, rows).accuracy
+    row = found.results()[0]
+    assert row["accuracy"] == multiple_choice(model, tokenizer, rows).accuracy
+    for column, cases in (("accuracy, damaged", "choice_robustness"), ("next-token accuracy, damaged", "robustness")):
+        damaged = getattr(found.base, cases)[1:]
+        assert len(damaged) == 3 * 2
+        assert row[column] == pytest.approx(sum(one.accuracy for one in damaged) / 6)
+    section = next(section for section in found.report().sections if section.title == "Robustness")
+    assert [table.title for table in section.blocks] == ["Under damaged text", "Questions under damaged text"]
+    assert [one[0] for one in section.blocks[1].rows] == [one[0] for one in section.blocks[0].rows]
+    assert section.blocks[1].columns[1:3] == ("accuracy, dense", "accuracy, same")
+
+
+@pytest.mark.assets
+def test_damage_that_makes_a_question_too_long_is_told(stories) -> None:
+    model, tokenizer = stories
+    limit = model.config.max_position_embeddings
+    question = " ".join(["happy"] * limit)
+    while len(tokenizer(f"Question: {question}\nAnswer: yes")["input_ids"]) > limit:
+        question = question[:-6]
+    settings = ComparisonSettings(parts=("quality", "robustness"), context=64, max_tokens=128, rates=(0.5,))
+    rows = [{"question": question, "choices": ["yes", "no"], "gold": 0}]
+    found = compare(model, {"same": model}, rows, tokenizer=tokenizer, settings=settings)
+    assert found.base.choices.n == 1
+    assert found.base.choice_robustness == ()
+    assert "dense: no robustness of the questions: Row 0 has" in found.report().sections[0].text
 
 
 @pytest.mark.parametrize(

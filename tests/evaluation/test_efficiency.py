@@ -52,6 +52,8 @@ def test_only_adapters_are_trainable_under_peft() -> None:
 def test_a_peak_that_is_gone_at_the_end_is_seen() -> None:
     """In a process of its own: memory that earlier tests left to the allocator would hide the peak."""
     script = """
+import torch
+
 from hf_cka.evaluation import peak_memory
 
 with peak_memory() as memory:

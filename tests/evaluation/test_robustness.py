@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from hf_cka.evaluation.robustness import DAMAGES, robustness
+from hf_cka.evaluation import multiple_choice
+from hf_cka.evaluation.robustness import DAMAGES, choice_robustness, robustness
 from tests.tiny import tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and Then It Sleeps until noon. " * 6
@@ -78,11 +79,48 @@ def test_the_clean_row_is_a_plain_forward_pass(stories) -> None:
     assert clean.tokens == len(scored)
 
 
+QUESTIONS = [
+    {"question": text[: len(text) // 2], "choices": [text[len(text) // 2 :], "no", "a cat and a dog"], "gold": 0}
+    for text in TEXTS
+]
+
+
+@pytest.mark.assets
+def test_questions_are_damaged_and_choices_are_not(stories) -> None:
+    """The clean row is plain multiple choice; every other one is that of questions damaged by hand."""
+    model, tokenizer = stories
+    found = choice_robustness(model, tokenizer, QUESTIONS, rates=(0.3, 1.0), seed=7)
+    assert [(row.damage, row.rate) for row in found[:3]] == [("none", 0.0), ("typos", 0.3), ("typos", 1.0)]
+    assert len(found) == 7
+    for row in found:
+        damage = DAMAGES.get(row.damage, lambda text, rate, rng: text)
+        by_hand = [
+            {**one, "question": damage(one["question"], row.rate, random.Random(f"7 {index}"))}
+            for index, one in enumerate(QUESTIONS)
+        ]
+        assert row.damage == "none" or by_hand != QUESTIONS
+        expected = multiple_choice(model, tokenizer, by_hand)
+        assert (row.accuracy, row.accuracy_norm, row.n) == (expected.accuracy, expected.accuracy_norm, 3)
+
+
+def test_a_row_without_a_question_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Row 1 has no question as text to damage; its columns are \['choices'"):
+        choice_robustness(tiny_model("llama"), None, [QUESTIONS[0], {"choices": ["a", "b"], "gold": 0}])
+
+
+@pytest.mark.parametrize("measure", [robustness, choice_robustness])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"damages": ("typo",)}, "Unknown damage 'typo'. Did you mean: 'typos'"), ({"rates": (0.0,)}, "rate 0.0 must be")],
+)
+def test_unknown_damage_is_named(measure, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(tiny_model("llama"), None, QUESTIONS, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damages": ("typo",)}, "Unknown damage 'typo'. Did you mean: 'typos'"),
-        ({"rates": (0.0,)}, "rate 0.0 must be above 0"),
         ({"max_context": 63}, "exceed the model's 64 positions"),
         ({"max_context": 8, "max_continuation": 8}, "No text has two words"),
     ],
