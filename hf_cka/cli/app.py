@@ -21,7 +21,6 @@ from hf_cka.cli.verify import verify_command
 
 app = typer.Typer(
     name="hf-cka",
-    help="Adapt and compress Hugging Face models by representation similarity (CKA).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,7 +44,10 @@ def main(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Adapt and compress Hugging Face models by representation similarity (CKA)."""
+    """Adapt and compress Hugging Face models by representation similarity (CKA).
+
+    Example: hf-cka prune --model M --dataset data.jsonl --ratio 0.2
+    """
     _settings["debug"] = debug
 
 

@@ -13,21 +13,15 @@ from hf_cka.cli import options
 
 def card_command(
     model: Annotated[Path, typer.Option("--model", "-m", help="The folder that save_pruned wrote.")],
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the base model; default: what the checkpoint's record names.")
-    ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Licence, such as apache-2.0; default: what the base's own card says.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base model; default: of the record.")] = None,
+    license: Annotated[str | None, typer.Option(help="Such as apache-2.0; default: that of the base's card.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help='JSON file with measured rows: [{"model": "dense", "perplexity": 19.5}].')
+        Path | None, typer.Option(help="JSON file with measured rows, one a model; default: none.")
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="The report.json of hf-cka compare, instead of --results.")
-    ] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of data that was used; may be repeated.")] = None,
-    limit: Annotated[list[str] | None, typer.Option(help="A sentence on a limit; may be repeated.")] = None,
-    repo: Annotated[str | None, typer.Option(help="Repository it is for (user/name), named in the examples.")] = None,
+    report: Annotated[Path | None, typer.Option(help="The report.json of hf-cka compare; default: none.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of data, repeatable; default: none.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="A sentence on a limit, repeatable; default: none.")] = None,
+    repo: Annotated[str | None, typer.Option(help="user/name in its examples; default: USER/NAME.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write the model card of a pruned checkpoint, or update the one that is there.

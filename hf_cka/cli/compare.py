@@ -21,16 +21,12 @@ def compare_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of report.html and report.json.")] = Path(
         "comparison"
     ),
-    parts: Annotated[
-        str, typer.Option(help="Of quality,speed,similarity,disagreement,robustness: those to measure.")
-    ] = "all",
-    tasks: Annotated[
-        str | None, typer.Option(help="Further tasks, as of hf-cka evaluate; such as piqa,arc_easy of lm-eval.")
-    ] = None,
+    parts: Annotated[str, typer.Option(help="What to measure, such as quality,speed.")] = "all",
+    tasks: Annotated[str | None, typer.Option(help="Further tasks, as of hf-cka evaluate; default: none.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of text for perplexity.")] = 4096,
     context: Annotated[int, typer.Option(help="Window of perplexity, in tokens.")] = 512,
-    rows: Annotated[int, typer.Option(help="Rows for exact match, texts for robustness.")] = 32,
+    rows: Annotated[int, typer.Option(help="Rows, questions, and texts for robustness.")] = 32,
     rates: Annotated[str, typer.Option(help="Shares of letters or words that are damaged.")] = "0.1",
     top: Annotated[int, typer.Option(help="Samples of largest disagreement to show.")] = 5,
     num_samples: Annotated[int, typer.Option(help="Samples for similarity and disagreement.")] = 64,
@@ -41,7 +37,9 @@ def compare_command(
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Compare models made from one base: quality, speed, similarity, disagreement, robustness.
+    """Compare models made from one base on the same data, as one page.
+
+    The parts are quality, speed, similarity, disagreement and robustness.
 
     Example: hf-cka compare BASE pruned recovered --dataset test.jsonl --output comparison
     """

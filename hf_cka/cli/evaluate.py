@@ -18,24 +18,27 @@ def evaluate_command(
         typer.Option(
             "--tasks",
             "-t",
-            help="Separated by commas: KIND or KIND:FILE (perplexity, multiple_choice, classification, exact_match, "
-            "completion_loss), efficiency, or tasks of lm-eval.",
+            help="KIND, KIND:FILE or lm-eval's, by commas.",
         ),
     ] = "perplexity",
     dataset: Annotated[
-        str | None, typer.Option("--dataset", "-d", help="Data of a KIND without FILE: a Hub id or a file.")
+        str | None, typer.Option("--dataset", "-d", help="Of a KIND without FILE: a Hub id or a file; default: none.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many rows of each task; default: all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file of the result; default: none is written.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task; default: all.")] = None,
     batch_size: options.BatchSize = 8,
     context: Annotated[int, typer.Option(help="Window of perplexity, in tokens.")] = 512,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: no overlap.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Only so many tokens for perplexity; default: all.")] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt, with columns in braces.")] = None,
-    label_words: Annotated[str | None, typer.Option(help="A word for each label, separated by commas.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens for perplexity; default: all.")] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt, columns in braces; default: the KIND's.")] = None,
+    label_words: Annotated[
+        str | None, typer.Option(help="A word a label, by commas; default: the model's head.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer.")] = 64,
     num_fewshot: Annotated[int | None, typer.Option(help="For lm-eval; default: the task's own number.")] = None,
-    include_path: Annotated[str | None, typer.Option(help="Folder of lm-eval task files.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder of lm-eval task files; default: none.")] = None,
     split: options.Split = "test",
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -43,6 +46,8 @@ def evaluate_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure a model on tasks: your own data, or lm-eval's.
+
+    A KIND is perplexity, multiple_choice, classification, exact_match, completion_loss, or efficiency without data.
 
     Example: hf-cka evaluate pruned --tasks perplexity:test.txt,multiple_choice:questions.jsonl,piqa
     """

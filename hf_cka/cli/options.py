@@ -11,18 +11,20 @@ if TYPE_CHECKING:
 
     from hf_cka.data import CalibrationBatches
 
+_SHARED = "Data and machine"  # a box of its own in the help of every command
+
 Model = Annotated[str, typer.Option("--model", "-m", help="A Hub id or a folder.")]
-Dataset = Annotated[
-    str, typer.Option("--dataset", "-d", help="A Hub id (name:config), or a txt, jsonl, json, csv or parquet file.")
+Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A Hub id or a txt, json(l), csv, parquet file.")]
+Split = Annotated[str, typer.Option(help="Split of a Hub dataset, which is ID or ID:CONFIG.", rich_help_panel=_SHARED)]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column with the text; default: one of the usual names.", rich_help_panel=_SHARED)
 ]
-Split = Annotated[str, typer.Option(help="Split of a Hub dataset.")]
-TextColumn = Annotated[str | None, typer.Option(help="Column with the text, if it is not one of the usual names.")]
-NumSamples = Annotated[int, typer.Option(help="Calibration samples.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens after which a sample is cut.")]
-BatchSize = Annotated[int, typer.Option(help="Samples in one forward pass.")]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")]
+NumSamples = Annotated[int, typer.Option(help="Calibration samples.", rich_help_panel=_SHARED)]
+MaxLength = Annotated[int, typer.Option(help="Tokens after which a sample is cut.", rich_help_panel=_SHARED)]
+BatchSize = Annotated[int, typer.Option(help="Samples in one forward pass.", rich_help_panel=_SHARED)]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_SHARED)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=_SHARED)]
+Dtype = Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16 or float16.", rich_help_panel=_SHARED)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

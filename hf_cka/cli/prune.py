@@ -24,20 +24,30 @@ def prune_command(
     model: options.Model,
     dataset: options.Dataset,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")] = Path("pruned"),
-    method: Annotated[str, typer.Option(help="depth, width, mop, everything, consensus or amp.")] = "depth",
-    ratio: Annotated[float | None, typer.Option(help="Parameters to remove over all parameters.")] = None,
-    num_layers: Annotated[int | None, typer.Option(help="Layers (or sub-layers, or steps) to remove instead.")] = None,
-    criterion: Annotated[str | None, typer.Option(help="What scores; by default the method's.")] = None,
-    path: Annotated[str | None, typer.Option(help="Of mop: cka, cosine, kl, perplexity, random, or LGGL...")] = None,
-    paper: Annotated[str | None, typer.Option(help="Settings of a paper: cka, consensus, shortgpt, mop ...")] = None,
-    structures: Annotated[str | None, typer.Option(help="Of depth: layers, sublayers, attention or mlp.")] = None,
-    widths: Annotated[str | None, typer.Option(help="Of width and mop: both, heads or units.")] = None,
-    multiple_of: Annotated[int | None, typer.Option(help="Round the MLP units that stay to a multiple.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Of width, over layers: uniform, importance or global.")] = None,
-    repair: Annotated[str | None, typer.Option(help="least_squares, mean_shift or linear_map.")] = None,
-    steps: Annotated[int | None, typer.Option(help="How often to score on the way; by default after each.")] = None,
-    protect: Annotated[str | None, typer.Option(help="Layers that stay, such as 0,-1.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="Readout: mean, last, cls or auto.")] = None,
+    method: Annotated[str, typer.Option(help="amp, consensus, depth, everything, mop, width")] = "depth",
+    ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove; default: none.")] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Layers (sub-layers, steps) instead of it; default: none.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="What scores; default: the method's.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="Of mop: cosine, kl, perplexity, random, LG..; default: cka.")
+    ] = None,
+    paper: Annotated[
+        str | None, typer.Option(help="Settings of cka, consensus, shortgpt, mop ..; default: none.")
+    ] = None,
+    structures: Annotated[
+        str | None, typer.Option(help="Of depth: layers (default), sublayers, attention or mlp.")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(help="Of width and mop: both (default), heads or units.")] = None,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="Round the MLP units that stay to a multiple; default: 1.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Of width: uniform (default), importance or global.")] = None,
+    repair: Annotated[str | None, typer.Option(help="least_squares, mean_shift, linear_map; default: none.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How often to score; default: after each removal.")] = None,
+    protect: Annotated[str | None, typer.Option(help="Layers that stay, such as 0,-1; default: none.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="Readout: mean (default), last, cls or auto.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and price only; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in --output.")] = False,
     split: options.Split = "train",
@@ -50,9 +60,11 @@ def prune_command(
     dtype: options.Dtype = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Remove the layers, sub-layers, heads and units that matter least; an interrupted run goes on where it was.
+    """Remove the layers, sub-layers, heads and units that matter least.
 
-    Example: hf-cka prune --model M --dataset data.jsonl --method mop --ratio 0.3 --path cka --output DIR
+    An interrupted run, called again, goes on where it was.
+
+    Example: hf-cka prune --model M --dataset data.jsonl --method mop --ratio 0.3 --output pruned
     """
     from hf_cka.pruning.pruners import prune
 

@@ -13,21 +13,21 @@ from hf_cka.cli import options
 
 def push_command(
     model: Annotated[Path, typer.Option("--model", "-m", help="The folder that save_pruned wrote.")],
-    repo: Annotated[str, typer.Option("--repo", "-r", help="Repository: user/name; made if it does not exist.")],
+    repo: Annotated[str, typer.Option("--repo", "-r", help="user/name; made if it does not exist.")],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a new repository; default: the account's setting.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
-    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there; default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message; default: what was pruned.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reload the checkpoint in a fresh process first.")
-    ] = True,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload in a fresh process first.")] = True,
     as_json: options.Json = False,
 ) -> None:
-    """Check a pruned checkpoint and push it to the Hub, with a model card and without paths or tokens in it.
+    """Check a pruned checkpoint and push it to the Hub, with a model card.
 
-    The token is that of `hf auth login`, or HF_TOKEN. Example: hf-cka push --model pruned --repo user/name --private
+    No path and no token of this machine goes with it. The Hub's token is that of `hf auth login`, or HF_TOKEN.
+
+    Example: hf-cka push --model pruned --repo user/name --private
     """
     from hf_cka.hub import push_pruned
 

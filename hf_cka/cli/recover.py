@@ -18,12 +18,16 @@ def recover_command(
         "recovered"
     ),
     method: Annotated[str, typer.Option(help="lora, cka_lora, norms or full.")] = "lora",
-    teacher: Annotated[str | None, typer.Option(help="The dense model, to learn from: a Hub id or a folder.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The dense model to learn from; default: none.")] = None,
     weight: Annotated[float | None, typer.Option(help="Of the teacher in the loss, 0 to 1; default: 1.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the teacher's and the model's logits.")] = None,
-    hidden_weight: Annotated[float | None, typer.Option(help="Of the teacher's hidden states in the loss.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of lora and cka_lora.")] = None,
-    keep_ratio: Annotated[float | None, typer.Option(help="Of cka_lora: share of the layers.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the teacher's and the model's logits; default: 1.")
+    ] = None,
+    hidden_weight: Annotated[
+        float | None, typer.Option(help="Of the teacher's hidden states in the loss; default: 0.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of lora and cka_lora; default: 8.")] = None,
+    keep_ratio: Annotated[float | None, typer.Option(help="Of cka_lora: share of the layers; default: 0.5.")] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     learning_rate: Annotated[float, typer.Option(help="Highest; it falls as a cosine.")] = 2e-4,
     batch_size: options.BatchSize = 8,

@@ -17,16 +17,12 @@ if TYPE_CHECKING:
 def select_command(
     model: options.Model,
     dataset: options.Dataset,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A .yaml file for `trl sft --config`, or a .json file.")
-    ] = Path("cka.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .yaml for trl sft, or a .json.")] = Path("cka.yaml"),
     keep_ratio: Annotated[float, typer.Option(help="Share of the layers to adapt.")] = 0.5,
-    criterion: Annotated[str, typer.Option(help="cka, block_influence, random, first, last or all.")] = "cka",
+    criterion: Annotated[str, typer.Option(help="What scores the layers.")] = "cka",
     pooling: Annotated[str, typer.Option(help="auto, last, cls, mean or tokens.")] = "auto",
     paper: Annotated[bool, typer.Option("--paper", help="Reproduce arXiv 2602.05988.")] = False,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated projections, such as q_proj,v_proj; default: all of a layer.")
-    ] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj; default: all of a layer.")] = None,
     split: options.Split = "train",
     text_column: options.TextColumn = None,
     num_samples: options.NumSamples = 128,
@@ -39,7 +35,9 @@ def select_command(
 ) -> None:
     """Choose the layers of a model that matter, for LoRA.
 
-    Example: hf-cka select --model M --dataset data.jsonl --output cka.yaml, then: trl sft --config cka.yaml
+    The criteria are cka, block_influence, random, first, last and all.
+
+    Example: hf-cka select --model M --dataset data.jsonl --output cka.yaml
     """
     if output.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise ValueError(f"--output {str(output)!r} must end in .yaml (for trl sft) or .json.")

@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
+from hf_cka.cli import options
+
 
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder; any model that transformers loads.")],
     device: Annotated[str, typer.Option(help="cpu, cuda:0, or auto for device_map='auto'.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Reload a checkpoint in a fresh process: every tensor in its place, and caches that change nothing.
+    """Reload a checkpoint in a fresh process and check its tensors and caches.
 
     Example: hf-cka verify pruned
     """

@@ -84,10 +84,3 @@ def test_bad_input_is_said(command, message):
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
-
-
-def test_help_gives_an_example():
-    for command in ("card", "push"):
-        text = _run(command, "--help").output
-        assert f"Example: hf-cka {command}" in text
-        assert len(text.splitlines()) < 70

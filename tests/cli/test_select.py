@@ -95,13 +95,6 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, stories_file, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_help_fits_a_screen_and_gives_an_example():
-    for command in ("select", "prune", "verify", "evaluate", "card", "push", "demo"):
-        text = _run(command, "--help").output
-        assert "Example: hf-cka" in text
-        assert len(text.splitlines()) < 70
-
-
 def test_a_pruned_checkpoint_is_loaded_with_its_head(tmp_path):
     from hf_cka import PruningPlan, apply_plan, save_pruned
     from hf_cka.cli.options import load_model

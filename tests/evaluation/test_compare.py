@@ -186,9 +186,3 @@ def test_the_newest_checkpoint_gives_the_curves(tmp_path) -> None:
     (tmp_path / "trainer_state.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         training_curves(tmp_path)
-
-
-def test_help_gives_an_example_and_fits_a_screen() -> None:
-    text = CliRunner().invoke(app, ["compare", "--help"]).output
-    assert "Example: hf-cka compare BASE pruned" in text
-    assert len(text.splitlines()) < 70
