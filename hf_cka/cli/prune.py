@@ -24,7 +24,7 @@ def prune_command(
     model: options.Model,
     dataset: options.Dataset,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pruned checkpoint.")] = Path("pruned"),
-    method: Annotated[str, typer.Option(help="amp, consensus, depth, everything, mop, width")] = "depth",
+    method: Annotated[str, typer.Option(help="depth, width, mop, everything and others.")] = "depth",
     ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove; default: none.")] = None,
     num_layers: Annotated[
         int | None, typer.Option(help="Layers (sub-layers, steps) instead of it; default: none.")
@@ -62,7 +62,7 @@ def prune_command(
 ) -> None:
     """Remove the layers, sub-layers, heads and units that matter least.
 
-    An interrupted run, called again, goes on where it was.
+    Methods: depth, width, mop, everything, consensus and amp. An interrupted run goes on.
 
     Example: hf-cka prune --model M --dataset data.jsonl --method mop --ratio 0.3 --output pruned
     """
