@@ -3,24 +3,24 @@
     python model_cards/make_card.py --output smollm2-pruned
 
 Nothing but a package index is needed. The checkpoint goes to --output, with its card; the card alone is also copied
-beside this script. The controls remove as many layers: by magnitude, and at random with three seeds.
+beside this script. The controls remove as many layers: by magnitude, and at random with three seeds. All of them are
+measured by `compare`, whose report goes to a folder beside --output and gives the card its numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from hf_cka import PruningConfig, calibration, prune, save_pruned
 from hf_cka.cli.demo_assets import HUB_ID, load_demo_model
 from hf_cka.cli.demo_tasks import documentation_texts
-from hf_cka.evaluation import perplexity
+from hf_cka.evaluation import ComparisonSettings, compare, write_report
 from hf_cka.hub import model_card
 
 HERE = Path(__file__).parent
 SOURCE = "CPython documentation (pydoc_data.topics), three quarters of the topics"
+HELDOUT = "the other quarter of the topics of CPython's documentation"
 LICENSE = "apache-2.0"  # of the base model
 
 
@@ -37,25 +37,20 @@ def main() -> None:
     model, tokenizer, weights = load_demo_model()
     texts = documentation_texts("calibration")
     batches = calibration(texts, tokenizer, args.samples, args.length, batch_size=16, source=SOURCE)
-    heldout = "\n\n".join(documentation_texts("heldout"))
-
-    rows: list[dict[str, Any]] = []
-
-    def measure(name: str, measured: Any, removed: tuple[int, ...]) -> None:
-        value = perplexity(measured, tokenizer, heldout, context=512, max_tokens=args.tokens).value
-        parameters = sum(p.numel() for p in measured.parameters())
-        rows.append({"model": name, "layers removed": ", ".join(map(str, removed)) or "none"})
-        rows[-1] |= {"parameters": parameters, "perplexity": value}
-        print(*rows[-1].values(), sep="  ", flush=True)
-
-    measure("dense", model, ())
     runs = [("cka", 0), ("magnitude", 0), ("random", 0), ("random", 1), ("random", 2)]
-    results = {}
+    results, models = {}, {}
     for criterion, seed in runs:
         config = PruningConfig(method="depth", criterion=criterion, num_layers=args.layers, seed=seed)
-        results[criterion, seed] = prune(model, batches, config)
+        results[criterion, seed] = pruned = prune(model, batches, config)
         name = f"{criterion}, seed {seed}" if criterion == "random" else criterion
-        measure(f"pruned by {name}", results[criterion, seed].model, results[criterion, seed].plan.removed_layers)
+        removed = ", ".join(map(str, pruned.plan.removed_layers))
+        models[f"pruned by {name} ({removed})"] = pruned.model
+        print(f"{name} removes {removed}", flush=True)
+    settings = ComparisonSettings(parts=("quality",), context=512, max_tokens=args.tokens)
+    heldout = documentation_texts("heldout")
+    comparison = compare(
+        model, models, heldout, tokenizer=tokenizer, base_name="dense", settings=settings, source=HELDOUT, say=print
+    )
 
     result = results["cka", 0]
     record = {
@@ -73,19 +68,15 @@ def main() -> None:
     }
     scores = dict(result.history.steps[0].scores)  # of all layers, before the first is removed
     print(save_pruned(result.model, args.output, tokenizer=tokenizer, record=record, scores=scores, overwrite=True))
-    measured = {
-        "rows": rows,
-        "command": "python model_cards/make_card.py --output smollm2-pruned",
-        "notes": f"Perplexity of {args.tokens:,} tokens of the other quarter of the documentation topics, in windows "
-        f"of 512 without overlap, without any training after the pruning. Weights: {weights}.",
-    }
-    (args.output / "results.json").write_text(json.dumps(measured, indent=1))
+    report = comparison.report(command="python model_cards/make_card.py --output smollm2-pruned")
+    page = write_report(report, args.output.with_name(f"{args.output.name}-comparison") / "report.html")
     limits = [
+        "Measured without any training after the pruning.",
         "Speed was not measured here; layers that are gone save their share of the time of all layers.",
-        "Weights that come from the 4-bit file of the package index are not bit-equal to those of the base model's Hub "
-        "repository.",
+        f"Weights: {weights}. Those from the 4-bit file of the package index are not bit-equal to those of the base "
+        "model's Hub repository.",
     ]
-    card = model_card(args.output, license=LICENSE, results=args.output / "results.json", limits=limits)
+    card = model_card(args.output, license=LICENSE, results=page.with_suffix(".json"), limits=limits)
     for target in (args.output / "README.md", HERE / "SmolLM2-135M-Instruct-pruned.md"):
         card.save(target)
         print(f"Wrote {target}")
