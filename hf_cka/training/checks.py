@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from hf_cka.representations import distributed
+from hf_cka.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from hf_cka.training.callback import PruningCallback
@@ -43,9 +44,11 @@ def check_run(callback: PruningCallback, args: TrainingArguments, model: Any, op
             "(`hf-cka prune`), then train the pruned model with DeepSpeed."
         )
     if args.fsdp or getattr(trainer, "is_fsdp_enabled", False):
+        _check_fsdp(callback, args)
+    elif is_sharded(model):
         raise ValueError(
-            "FSDP has flattened or sharded the parameters, which cannot be cut in place. Prune first (`hf-cka prune`), "
-            "then train the pruned model with FSDP."
+            "The parameters are sharded (DTensor), and cannot be cut in place. Let accelerate shard the model with "
+            "FSDP2 and use TrainerPlugin(mode='boundary'), or prune first (`hf-cka prune`)."
         )
     name = str(getattr(args.optim, "value", args.optim)).lower()
     if any(part in name for part in _BOUND_OPTIMIZERS):
@@ -105,6 +108,36 @@ def _check_trainer(callback: PruningCallback) -> None:
         raise ValueError(
             "DDP with mixed_precision holds copies of the parameters it began with. Use TrainingArguments(bf16=True) "
             "instead, or mode='boundary'."
+        )
+
+
+def _check_fsdp(callback: PruningCallback, args: TrainingArguments) -> None:
+    """Let FSDP2 pass where the model is made whole before it is pruned, in the settings that the tests know."""
+    accelerator = getattr(callback.trainer, "accelerator", None)
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or not callback.boundary:
+        raise ValueError(
+            "FSDP has flattened or sharded the parameters, which cannot be cut in place. Use fsdp_version=2 with "
+            "TrainerPlugin(mode='boundary'), which prunes the whole model between two runs of the loop; or prune first "
+            "(`hf-cka prune`), then train the pruned model with FSDP."
+        )
+    refused = {
+        "cpu_offload": type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
+        "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        "activation_checkpointing of fsdp_config": plugin.activation_checkpointing,
+        "torch_compile": args.torch_compile,
+        "parallelism_config": getattr(accelerator, "parallelism_config", None) is not None,
+    }
+    for setting, used in refused.items():
+        if used:
+            raise ValueError(
+                f"{setting} is not supported by pruning under FSDP2. Leave it out, or prune first (`hf-cka prune`)."
+            )
+    recovery = getattr(callback.trainer, "recovery", None)
+    if recovery is not None and recovery.method == "norms" and "SHARDED" in str(plugin.state_dict_type):
+        raise ValueError(
+            "A sharded checkpoint loses the settings of a parameter group without parameters (accelerate 1.15), and "
+            "with recovery='norms' one has none. Set state_dict_type='FULL_STATE_DICT' in fsdp_config."
         )
 
 

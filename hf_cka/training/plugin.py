@@ -16,13 +16,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cka.lookup import lookup
 from hf_cka.pruning.config import PruningConfig
+from hf_cka.pruning.pruners import start_history
 from hf_cka.pruning.surgery import apply_plan
 from hf_cka.representations import is_main_process
 from hf_cka.training.callback import BoundaryDueError, PruningCallback, stored_record
+from hf_cka.training.checks import check_run
 from hf_cka.training.optimizer import bare_optimizer
 from hf_cka.training.recovery import RecoveryConfig, prepare_recovery
 from hf_cka.training.sampling import undisturbed
 from hf_cka.training.schedule import PruningSchedule
+from hf_cka.training.sharding import Remembered, make_whole, remember
 
 # folder beside the checkpoints with the pruned model, where those hold adapters alone
 BASE = "pruned_base"
@@ -45,8 +48,8 @@ class TrainerPlugin:
         calibration_samples: rows of the training set that criteria and repairs look at.
         metric: an evaluation metric that stops pruning when it has become worse...
         max_change: ...by more than this.
-        mode: ``"inplace"``, or ``"boundary"``, which asks nothing of the wrappers around the model; by default the
-            second with a recovery and the first without.
+        mode: ``"inplace"``, or ``"boundary"``, which asks nothing of the wrappers around the model, FSDP2 included; by
+            default the second with a recovery and the first without.
         recovery: what is trained after the last pruning step, by name or as a config: ``"lora"`` (around the pruned
             model; merge it with `finish_recovery` in the end), ``"cka_lora"``, ``"norms"`` or ``"full"``. By default
             what was trained before. The learning rate schedule goes on.
@@ -90,11 +93,18 @@ class TrainerPlugin:
             The same trainer.
 
         Raises:
-            ValueError: if pruning was attached before.
+            ValueError: if pruning was attached before, or the trainer was given an optimizer that the boundary mode
+                would replace.
         """
         callbacks = trainer.callback_handler.callbacks
         if isinstance(trainer, PruningTrainerMixin) or any(isinstance(c, PruningCallback) for c in callbacks):
             raise ValueError("The trainer prunes already: attach one TrainerPlugin, or add one PruningCallback.")
+        if self.mode == "boundary" and (trainer.optimizer is not None or trainer.lr_scheduler is not None):
+            raise ValueError(
+                "mode='boundary' makes optimizer and schedule anew after pruning, and cannot do so with those that "
+                "were given as optimizers=. Name them in the arguments (optim, lr_scheduler_type), give "
+                "optimizer_cls_and_kwargs, or use mode='inplace'."
+            )
         callback = self._callback()
         callback.trainer = trainer
         trainer.add_callback(callback)
@@ -125,6 +135,8 @@ class PruningTrainerMixin:
     model_wrapped: Any
     callback_handler: Any
     recovery: RecoveryConfig | None
+    is_fsdp_enabled: bool
+    _whole: Remembered
 
     @property
     def pruning(self) -> PruningCallback:
@@ -142,14 +154,28 @@ class PruningTrainerMixin:
                 raise ValueError(f"There is no checkpoint in output_dir={self.args.output_dir!r} to resume from.")
         if checkpoint is not None:
             self._rebuild_structure(Path(checkpoint))
+        if self.is_fsdp_enabled:
+            self._before_sharding()
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)  # type: ignore[misc]
         except BoundaryDueError:  # everything is loaded, but for the random numbers
             self._load_rng_state(str(checkpoint))  # type: ignore[attr-defined]
         while self.pruning.boundary and self.pruning.is_due(self.state.global_step):
             folder = self._prune_at_boundary()
+            if self.is_fsdp_enabled:
+                self._whole = remember(self.model)
             output = super().train(resume_from_checkpoint=str(folder), **kwargs)  # type: ignore[misc]
         return output
+
+    def _before_sharding(self) -> None:
+        """What has to look at the whole model: the Trainer shards it before its callbacks see it."""
+        callback = self.pruning
+        check_run(callback, self.args, self.model, self.optimizer)
+        self._whole = remember(self.model)
+        if callback.history is None:
+            with undisturbed():
+                batches = callback.batches(self.get_train_dataloader())  # type: ignore[attr-defined]
+            callback.history = start_history(self.model, batches, callback.config)
 
     def _rebuild_structure(self, checkpoint: Path) -> None:
         """Prune the model, as it was given, to what the checkpoint holds, and take over how far pruning got."""
@@ -173,6 +199,8 @@ class PruningTrainerMixin:
 
     def _prune_at_boundary(self) -> Path:
         """Prune the model behind a loop that has ended, and write the checkpoint it ended with anew, pruned."""
+        if self.is_fsdp_enabled:
+            make_whole(self.model, self.optimizer, self._whole)
         self.pruning.prune(self.state, self.model, self.optimizer, self.callback_handler.train_dataloader)
         if self.recovery is not None and self.pruning.is_finished:
             self._start_recovery()
@@ -218,14 +246,16 @@ class PruningTrainerMixin:
         if is_main_process() and self.recovery.method in ("lora", "cka_lora"):
             # the checkpoints of a PeftModel hold adapters alone
             self.model.save_pretrained(Path(self.args.output_dir) / BASE)
-        before = bare_optimizer(self.optimizer).state
+        before = bare_optimizer(self.optimizer)
         self._prepare_recovery()
         self.optimizer = None
         self.create_optimizer()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
+        for group, old in zip(self.optimizer.param_groups, before.param_groups, strict=True):
+            # where the schedule is: it sets the learning rate after a step, not before it
+            group.update({name: value for name, value in old.items() if name != "params"})
             for parameter in group["params"]:
-                if parameter in before:
-                    self.optimizer.state[parameter] = before[parameter]
+                if parameter in before.state:
+                    self.optimizer.state[parameter] = before.state[parameter]
 
     def _resume_recovery(self, base: Path) -> None:
         assert self.recovery is not None

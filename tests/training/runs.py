@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from tests.tiny import tiny_model
@@ -19,7 +20,7 @@ def llama(**changes):
     return tiny_model("llama", num_hidden_layers=6, num_key_value_heads=4, attention_dropout=0.1, **changes)
 
 
-def trainer_for(model, folder, **changes) -> Trainer:
+def trainer_for(model, folder, kind: type[Trainer] = Trainer, **changes) -> Trainer:
     """Save every step, so that a test can go on from any."""
     settings = {
         "max_steps": STEPS,
@@ -34,7 +35,25 @@ def trainer_for(model, folder, **changes) -> Trainer:
         "disable_tqdm": True,
         **changes,
     }
-    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=rows(), eval_dataset=rows(8))
+    return kind(model, TrainingArguments(str(folder), **settings), train_dataset=rows(), eval_dataset=rows(8))
+
+
+class ShardingTrainer(Trainer):
+    """Shards on CPUs as a Trainer does on GPUs.
+
+    accelerate 1.15 takes an FSDP plugin only where it believes in several accelerators (`AcceleratorState.__init__`);
+    on CPUs a Trainer with ``fsdp=`` runs under DDP without a word. All that comes after that choice runs on gloo.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        self.args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+def sharded(state_dict_type: str) -> dict:
+    """Arguments of a Trainer that shards every layer."""
+    config = {"version": 2, "state_dict_type": state_dict_type, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

@@ -51,15 +51,16 @@ with open(f"{folder}/rank{trainer.args.process_index}.json", "w") as file:
 """
 
 
-def launched(folder: Path, method: str, mode: str, processes: int) -> list[dict]:
+def launched(folder: Path, text: str, processes: int, *arguments: str) -> list[dict]:
+    """What each process of a script leaves in ``rank0.json`` and so on of the folder, its first argument."""
     folder.mkdir()
     script = folder / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     run = [sys.executable]
     if processes > 1:
         run += [*LAUNCH, f"--num_processes={processes}"]
     done = subprocess.run(
-        [*run, str(script), str(folder), method, mode, str(8 // processes)],
+        [*run, str(script), str(folder), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -133,8 +134,8 @@ def test_a_rebuilt_ddp_keeps_its_settings_and_hooks_and_a_failed_one_everything(
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "mode"), [("depth", "inplace"), ("width", "inplace"), ("depth", "boundary")])
 def test_two_processes_equal_one(method, mode, tmp_path):
-    (one,) = launched(tmp_path / "one", method, mode, 1)
-    two = launched(tmp_path / "two", method, mode, 2)
+    (one,) = launched(tmp_path / "one", SCRIPT, 1, method, mode, "8")
+    two = launched(tmp_path / "two", SCRIPT, 2, method, mode, "4")
     assert two[0]["wrapped"] == "DistributedDataParallel"
     assert two[0]["plan"] == two[1]["plan"] == one["plan"]
     assert two[0]["sum"] == two[1]["sum"]

@@ -8,9 +8,11 @@ import os
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -309,6 +311,47 @@ def test_sharded_parameters_are_refused_however_they_were_asked_for(holder, sett
         check_run(trainer.pruning, trainer.args, trainer.model, None)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version=2 with TrainerPlugin"),
+        ({"cpu_offload": CPUOffloadPolicy()}, "cpu_offload is not supported"),
+        ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading is not"),
+        ({"activation_checkpointing": True}, "activation_checkpointing of fsdp_config is not"),
+        ({"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}, "state_dict_type='FULL_STATE_DICT'"),
+    ],
+)
+def test_what_no_test_has_seen_under_fsdp2_is_refused(setting, message, tmp_path):
+    known = {
+        "fsdp_version": 2,
+        "cpu_offload": OffloadPolicy(),
+        "cpu_ram_efficient_loading": False,
+        "activation_checkpointing": False,
+        "state_dict_type": "StateDictType.FULL_STATE_DICT",
+    }
+    trainer = TrainerPlugin(DEPTH, TWICE, recovery="norms").attach(trainer_for(llama(), tmp_path))
+    trainer.is_fsdp_enabled, args = True, trainer.args
+    for plugin in (known, known | setting):
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin))
+        trainer.accelerator = SimpleNamespace(state=state, parallelism_config=None)
+        if plugin is known:
+            check_run(trainer.pruning, args, trainer.model, None)
+    with pytest.raises(ValueError, match=message):
+        check_run(trainer.pruning, args, trainer.model, None)
+
+
+def test_an_optimizer_that_the_boundary_mode_would_replace_is_refused(tmp_path):
+    model = llama()
+    made = trainer_for(model, tmp_path)
+    given = Trainer(
+        model, made.args, train_dataset=rows(), optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None)
+    )
+    with pytest.raises(ValueError, match="given as optimizers="):
+        TrainerPlugin(DEPTH, TWICE, mode="boundary").attach(given)
+    assert type(given) is Trainer
+    TrainerPlugin(DEPTH, TWICE).attach(given)
+
+
 def test_a_callback_added_to_a_running_trainer_is_refused(tmp_path):
     trainer = trainer_for(llama(), tmp_path, save_strategy="no")
 
@@ -341,8 +384,13 @@ def test_after_the_last_pruning_step_only_the_recovery_is_trained(recovery, tmp_
         config = RecoveryConfig(recovery, **({} if recovery == "norms" else {"rank": 2}))
         plugin = TrainerPlugin(WIDTH, PruningSchedule(start=2, end=4, events=2), 8, recovery=config)
         trainer = plugin.attach(trainer_for(llama(), folder))
+        trainer.add_callback(Rates())
         trainer.train(resume_from_checkpoint=resume)
         return trainer
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+            assert [group["lr"] for group in optimizer.param_groups] == lr_scheduler.get_last_lr()
 
     trainer = start(tmp_path)
     names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
