@@ -54,7 +54,7 @@ VARIANTS = {
     "CKA half, twice the rank": Variant("cka", times_rank=2),
 }
 # task -> (what quality is, higher is better, default number of steps)
-TASKS = {"sst2": ("accuracy, %", True, 60), "instruct": ("response loss", False, 25)}
+TASKS = {"sst2": ("accuracy, %", True, 200), "instruct": ("response loss", False, 25)}
 RANK = 8
 CALIBRATION_SAMPLES = 128
 
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--task", default="sst2", help="sst2 or instruct")
     parser.add_argument("--assets", required=True, help="folder with glue/ and instruct/")
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="a Hub id or a folder")
-    parser.add_argument("--steps", type=int, help="by default 60 (sst2) or 25 (instruct)")
+    parser.add_argument("--steps", type=int, help="by default 200 (sst2) or 25 (instruct)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bf16", action="store_true", help="train and evaluate under bfloat16 autocast")
     parser.add_argument("--output", default="runs/lora_selection", help="folder of the finished runs")

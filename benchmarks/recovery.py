@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pruning import METHODS, QUESTIONS, TEXTS, calibration_batches, load_data
 
+from hf_cka import load_pruned, save_pruned
 from hf_cka.cli.demo_assets import load_demo_model
 from hf_cka.data import public_name, row_text
 from hf_cka.evaluation import count_parameters, multiple_choice, perplexity
@@ -52,6 +53,21 @@ def quality(model: Any, tokenizer: Any, data: dict[str, Any], options: argparse.
     for name in QUESTIONS if options.items else ():
         found[name] = multiple_choice(model, tokenizer, data[name], progress=False).accuracy_bytes
     return found
+
+
+def pruned_model(dense: Any, data: dict[str, Any], method: str, ratio: float, options: argparse.Namespace) -> Any:
+    """Prune, or load what an interrupted run had pruned."""
+    folder = options.models / f"{slug(method)}-{ratio:g}-seed{options.seed}"
+    if not (folder / "config.json").is_file():
+        make, number, tokens = METHODS[method]
+        batches = calibration_batches(data, number, tokens)
+        save_pruned(prune(dense, batches, make(ratio, options.seed), progress=False).model, folder, verify=False)
+    return load_pruned(folder).eval()
+
+
+def slug(text: str) -> str:
+    """Return a name for a folder."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split())
 
 
 def healed(pruned: Any, dense: Any, stage: str, rows: list[Any], options: argparse.Namespace) -> Any:
@@ -102,8 +118,8 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or Hub id instead of the demo's model")
     parser.add_argument("--best", default="obs, global + least squares", help="a method of benchmarks/pruning.py")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.3])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -111,6 +127,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=4096, help="of the first test text")
     parser.add_argument("--items", type=int, default=100, help="questions of each kind; 0 for none")
+    parser.add_argument("--models", type=Path, default=Path("runs/recovery"), help="folder of the pruned models")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     lookup(METHODS, options.best, "method of benchmarks/pruning.py")
@@ -124,7 +141,7 @@ def main() -> None:
         dense, tokenizer, _ = load_demo_model()
     data = load_data(tokenizer, options)
     rows = training_rows(tokenizer, data, options)
-    settings = {k: v for k, v in vars(options).items() if k not in ("assets", "best", "ratios", "output")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("assets", "best", "ratios", "models", "output")}
     options.output.mkdir(parents=True, exist_ok=True)
     cache = options.output / "recovery.json"
     kept = [row for row in (json.loads(cache.read_text()) if cache.exists() else []) if row["settings"] == settings]
@@ -145,9 +162,7 @@ def main() -> None:
             missing = [stage for stage in STAGES if (ratio, method, stage) not in done]
             if not missing:
                 continue
-            make, number, tokens = METHODS[method]
-            batches = calibration_batches(data, number, tokens)
-            pruned = prune(dense, batches, make(ratio, options.seed), progress=False).model
+            pruned = pruned_model(dense, data, method, ratio, options)
             removed = 1 - count_parameters(pruned).total / count_parameters(dense).total
             for stage in missing:
                 start = time.perf_counter()

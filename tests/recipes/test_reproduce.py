@@ -1,0 +1,63 @@
+"""Every script that reproduces a paper runs to its verdicts, in its small size, on a tiny real model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+
+pytest.importorskip("trl")
+
+DECODERS = ("amp", "mop", "cka_depth", "consensus", "pruning_everything")
+
+
+def run(name: str, assets, tmp_path, *more: str) -> tuple[str, dict]:
+    file = tmp_path / f"{name}.md"
+    small = ["--small", "--assets", str(assets), "--steps", "1", "--items", "2", "--tokens", "100", "--seeds", "0"]
+    importlib.import_module(f"recipes.reproduce.{name}").main([*small, *more, "--output", str(file)])
+    return file.read_text(), json.loads(file.with_suffix(".json").read_text())["rows"]
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_script_judges_its_claims(name, assets, tmp_path, capsys):
+    model = str(assets / "models" / "stories260k_hf")
+    text, rows = run(name, assets, tmp_path, "--model", model)
+    judged = [line.rsplit("|", 2)[1].strip() for line in text.splitlines() if line.startswith("| ")][-2:]
+    assert set(judged) <= {"yes", "no"}
+    assert str(assets) not in text
+    assert "| dense | 0.0% |" in text
+    pruned = [row for key, row in rows.items() if "removed" in row and not key.startswith("dense")]
+    assert len(pruned) >= 4
+    assert all(0.05 < row["removed"] < 0.9 for row in pruned)
+    # what is kept is not measured again
+    capsys.readouterr()
+    again, _ = run(name, assets, tmp_path, "--model", model)
+    assert again == text
+    assert "{'removed'" not in capsys.readouterr().out
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_encoder_script_judges_its_claims(assets, tmp_path):
+    from transformers import AutoTokenizer
+
+    from tests.tiny import tiny_model
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "stories260k_hf")
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "cls_token": "<cls>"})
+    for part in (tiny_model("bert", head="base", vocab_size=len(tokenizer), max_position_embeddings=256), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    text, rows = run("cka_lora", assets, tmp_path, "--model", str(tmp_path / "model"))
+    assert len(rows) == 3
+    assert rows["CKA half, seed 0"]["trainable"] < rows["all layers, seed 0"]["trainable"]
+    assert "0" not in rows["CKA half, seed 0"]["layers"], "the paper never adapts the first layer of an encoder"
+    assert "| half of the adapters, the same quality |" in text
+
+
+def test_small_asks_for_the_data(capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("recipes.reproduce.amp").main(["--small"])
+    assert "--small needs --assets" in capsys.readouterr().err
