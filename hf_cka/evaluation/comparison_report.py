@@ -26,6 +26,16 @@ _PERCENT = (
     "same top token",
 )
 _MAX_CURVES = 6
+_DAMAGES_NOTE = (
+    "Typos: share of letters left out, doubled or hit beside their key; casing: share of words with upper and lower "
+    "case swapped; dropped words: share of words left out."
+)
+# how a measure of robustness is shown
+_DAMAGE_CELLS: dict[str, Callable[[Any], Cell]] = {
+    "accuracy": lambda one: f"{one.accuracy:.1%}",
+    "accuracy, normalised": lambda one: f"{one.accuracy_norm:.1%}",
+    "perplexity": lambda one: one.perplexity,
+}
 
 
 def comparison_report(comparison: Comparison, *, title: str = "", command: str = "") -> ReportData:
@@ -125,11 +135,12 @@ def _notes(comparison: Comparison) -> str:
             f"decoding of one row over that of {base.name} ({base.tokens_per_second:.3g} tokens/s), median of "
             f"{settings.repeats} measurements in turn"
         )
-    if base.memory:
-        before = f"of which {base.memory.imported_bytes / 1e6:.0f} MB are there before the model is loaded"
+    memory = next((model.memory for model in comparison.models if model.memory), None)
+    if memory:
+        before = f"of which {memory.imported_bytes / 1e6:.0f} MB are there before the model is loaded"
         parts.append(
-            f"peak memory of a fresh process that loads the model and generates {base.memory.new_tokens} tokens, "
-            + (before if base.memory.cuda_bytes is None else "on the GPU")
+            f"peak memory of a fresh process that loads the model and generates {memory.new_tokens} tokens, "
+            + (before if memory.cuda_bytes is None else "on the GPU")
         )
     where = f" On {comparison.source}, {comparison.device}." if comparison.source else f" On {comparison.device}."
     return ("; ".join(parts) + "." + where) if parts else ""
@@ -186,12 +197,6 @@ def _similarity(base: Measured, model: Measured) -> tuple[Section, ...]:
     return (Section(f"Layers: {model.name}", blocks, text=text),)
 
 
-_DAMAGES_NOTE = (
-    "Typos: share of letters left out, doubled or hit beside their key; casing: share of words with upper and lower "
-    "case swapped; dropped words: share of words left out."
-)
-
-
 def _robustness(comparison: Comparison) -> tuple[Section, ...]:
     tables = []
     texts = {model.name: model.robustness for model in comparison.models if model.robustness}
@@ -217,13 +222,6 @@ def _damage_table(title: str, models: Mapping[str, Sequence[Any]], measures: Seq
         label = "none" if first.damage == "none" else f"{first.damage}, {first.rate:.0%}"
         rows.append((label, *(_DAMAGE_CELLS[measure](one) for measure in measures for one in case)))
     return Table(title, tuple(columns), tuple(rows), note=note)
-
-
-_DAMAGE_CELLS: dict[str, Callable[[Any], Cell]] = {
-    "accuracy": lambda one: f"{one.accuracy:.1%}",
-    "accuracy, normalised": lambda one: f"{one.accuracy_norm:.1%}",
-    "perplexity": lambda one: one.perplexity,
-}
 
 
 def _curves(models: Sequence[Measured]) -> tuple[Section, ...]:

@@ -174,8 +174,8 @@ def main() -> None:
 
 
 def _load_and_generate(model: str, device: str, dtype: str, decoding: dict[str, int]) -> ModelMemory:
-    # the auto classes import most of what loading needs, so that it is not counted as the model's
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    # these import nearly all that loading needs, so that it is not counted as the model's
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401
 
     from hf_cka.evaluation.efficiency import decode_speed
     from hf_cka.modeling.loading import load_model

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # neighbours on a QWERTY keyboard, by row
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+_WORD = re.compile(r"(\S+)(\s*)")
 
 
 def typos(text: str, rate: float, rng: random.Random) -> str:
@@ -68,7 +69,7 @@ def casing(text: str, rate: float, rng: random.Random) -> str:
         >>> casing("The cat sat", 1.0, random.Random(0))
         'tHE CAT SAT'
     """
-    return "".join(_each_word(text, rate, rng, str.swapcase))
+    return "".join(_each_word(text, rate, rng, lambda word, space: word.swapcase() + space))
 
 
 def dropped_words(text: str, rate: float, rng: random.Random) -> str:
@@ -83,8 +84,9 @@ def dropped_words(text: str, rate: float, rng: random.Random) -> str:
         >>> dropped_words("The cat sat", 1.0, random.Random(0))
         'The '
     """
-    kept = "".join(_each_word(text, rate, rng, lambda word: ""))
-    return kept or "".join(_each_word(text, 0.0, rng, str)[:1])
+    kept = "".join(_each_word(text, rate, rng, lambda word, space: ""))
+    first = _WORD.search(text)
+    return kept or (first[0] if first else "")
 
 
 # the ways to damage a text; at one seed, what a lower rate damages a higher one does too
@@ -297,12 +299,9 @@ def _split(text: str | Mapping[str, Any]) -> tuple[str, str] | None:
     return text[:middle], text[middle:]
 
 
-def _each_word(text: str, rate: float, rng: random.Random, change: Callable[[str], str]) -> list[str]:
-    """Return the words with the space after them, changed (its space with it, if nothing is left) at the rate."""
-    return [
-        match[0] if rng.random() >= rate else swapped + match[2] if (swapped := change(match[1])) else ""
-        for match in re.finditer(r"(\S+)(\s*)", text)
-    ]
+def _each_word(text: str, rate: float, rng: random.Random, change: Callable[[str, str], str]) -> list[str]:
+    """Return each word with the space after it, or, with probability ``rate``, what it is changed to."""
+    return [change(*match.groups()) if rng.random() < rate else match[0] for match in _WORD.finditer(text)]
 
 
 def _neighbours(letter: str) -> str:

@@ -30,7 +30,7 @@ def test_a_bigger_model_has_a_bigger_peak(folders) -> None:
         assert MEBI < one.imported_bytes <= one.loaded_bytes <= one.peak_bytes
         assert one.cuda_bytes is None
         assert (one.prompt_tokens, one.new_tokens, one.batch_size) == (12, 24, 2)
-    assert small.peak_bytes - small.imported_bytes < held.nbytes / 4
+    assert small.peak_bytes - small.imported_bytes < held.nbytes / 4  # the libraries are there before the model
 
 
 def test_the_error_of_the_process_is_told(folders) -> None:
