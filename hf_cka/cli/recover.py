@@ -26,6 +26,8 @@ def recover_command(
     hidden_weight: Annotated[
         float | None, typer.Option(help="Of the teacher's hidden states in the loss; default: 0.")
     ] = None,
+    teacher_cache: Annotated[Path | None, typer.Option(help="Folder where the teacher's answers are kept.")] = None,
+    teacher_top_k: Annotated[int | None, typer.Option(help="Tokens a position that --teacher-cache keeps.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of lora and cka_lora; default: 8.")] = None,
     keep_ratio: Annotated[float | None, typer.Option(help="Of cka_lora: share of the layers; default: 0.5.")] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
@@ -54,7 +56,9 @@ def recover_command(
     from hf_cka.training import DistillationConfig, RecoveryConfig, recover
 
     config = RecoveryConfig(method, **_given(rank=rank, keep_ratio=keep_ratio))
-    mix = _given(weight=weight, temperature=temperature, hidden_weight=hidden_weight)
+    mix = _given(weight=weight, temperature=temperature, hidden_weight=hidden_weight, cache_top_k=teacher_top_k)
+    if teacher_cache is not None:
+        mix["cache_dir"] = str(teacher_cache)
     distillation = DistillationConfig(**mix) if teacher is not None or mix else None
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is not empty. Give another --output, or --overwrite to replace it.")
@@ -117,7 +121,8 @@ def recover_command(
         "seed": seed,
         "trainable": result.trainable,
         "teacher": public_name(teacher),
-        "distillation": None if distillation is None else distillation.to_dict(),
+        # where the answers were kept says nothing of the model
+        "distillation": None if distillation is None else _without(distillation.to_dict(), "cache_dir"),
     }
     saved = save_pruned(result.model, output, tokenizer=tokenizer, record={"recovery": record}, overwrite=overwrite)
     if as_json:
@@ -131,3 +136,7 @@ def recover_command(
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _without(table: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key != name}

@@ -1,22 +1,20 @@
-"""Train a student on what its dense parent says: the loss, and the mixin that gives it to any Trainer.
+"""Train a student on what its dense parent says: the settings, and the mixin that gives the loss to any Trainer.
 
-Which parameters are trained is in `recovery`; running the training in `recovery_run`.
+The divergences are in `divergence`; which parameters are trained is in `recovery`; running the training in
+`recovery_run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from hf_cka.anatomy import find_anatomy
-
-# Rows of logits that are turned into float32 probabilities at once.
-_ROWS = 512
+from hf_cka.training.divergence import hidden_difference, teacher_divergence
+from hf_cka.training.teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,12 @@ class DistillationConfig:
             size (Hinton et al., arXiv 1503.02531).
         hidden_weight: of the mean squared difference between hidden states of the layers that are left and the same
             layers of the teacher, relative to the teacher's mean square; 0 leaves it out.
+        cache_dir: folder for the teacher's answers: each row is asked once, in this run and in later ones with the same
+            teacher. See `TeacherCache` for its size.
+        cache_top_k: keep, and learn from, only so many of the most likely tokens and the others as one; by default all.
 
     Raises:
-        ValueError: for numbers out of range.
+        ValueError: for numbers out of range, or a cache together with hidden states, which it does not hold.
 
     Example:
         >>> DistillationConfig(weight=0.5).temperature
@@ -41,6 +42,8 @@ class DistillationConfig:
     weight: float = 1.0
     temperature: float = 1.0
     hidden_weight: float = 0.0
+    cache_dir: str | None = None
+    cache_top_k: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:
@@ -49,6 +52,13 @@ class DistillationConfig:
             raise ValueError(f"temperature={self.temperature} must be positive.")
         if self.hidden_weight < 0:
             raise ValueError(f"hidden_weight={self.hidden_weight} must not be negative.")
+        if self.cache_dir is not None and self.hidden_weight:
+            raise ValueError(
+                f"cache_dir holds logits, and hidden_weight={self.hidden_weight} needs the teacher's hidden states. "
+                "Leave one of them out."
+            )
+        if self.cache_top_k is not None and (self.cache_dir is None or self.cache_top_k < 1):
+            raise ValueError(f"cache_top_k={self.cache_top_k} must be at least 1, and needs a cache_dir.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""
@@ -119,57 +129,6 @@ def check_label_loss(args: Any, model: Any, compute_loss_func: Any = None) -> No
         )
 
 
-def teacher_divergence(
-    student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """Return the Kullback-Leibler divergence of a student from its teacher, summed over positions, in nats.
-
-    Probabilities are made in float32 and few rows at a time, in the backward pass as well, so that memory stays at
-    that of the logits.
-
-    Args:
-        student: logits, ``(..., classes)``.
-        teacher: logits of the same shape.
-        keep: ``(...)``, true where a position counts.
-        temperature: of both.
-
-    Source: logit distillation as in Minitron (arXiv 2407.14679).
-
-    Example:
-        >>> logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
-        >>> float(teacher_divergence(logits, logits, torch.tensor([True, True])))
-        0.0
-    """
-
-    def part(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        mine = F.log_softmax(mine.float() / temperature, dim=-1)
-        theirs = F.log_softmax(theirs.float() / temperature, dim=-1)
-        return F.kl_div(mine, theirs, log_target=True, reduction="sum") * temperature**2
-
-    student, teacher = student[keep], teacher[keep]
-    total = student.new_zeros((), dtype=torch.float32)
-    for mine, theirs in zip(student.split(_ROWS), teacher.split(_ROWS), strict=True):
-        total = total + checkpoint(part, mine, theirs, use_reentrant=False)
-    return total
-
-
-def hidden_difference(
-    student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], layers: Mapping[int, int], mask: torch.Tensor
-) -> torch.Tensor:
-    """Return the mean squared difference of hidden states, relative to the teacher's mean square, over layers.
-
-    Args:
-        student: hidden states, the embedding's first.
-        teacher: likewise.
-        layers: student's layer -> teacher's.
-        mask: ``(batch, tokens)``, true where there is a token.
-    """
-    # the last entry comes after the final norm, so the last layer is left out
-    pairs = [(student[i + 1][mask], teacher[j + 1][mask]) for i, j in layers.items() if i + 2 < len(student)]
-    parts = [(a.float() - b.float()).square().mean() / b.float().square().mean() for a, b in pairs]
-    return torch.stack(parts).mean() if parts else student[0].new_zeros(())
-
-
 def layer_map(student: Any) -> dict[int, int]:
     """Return which layer of the dense parent each layer of a pruned model was, from the record in its config.
 
@@ -195,6 +154,24 @@ def layer_map(student: Any) -> dict[int, int]:
     return dict(enumerate(kept))
 
 
+def open_cache(teacher: Any, distillation: DistillationConfig, args: Any) -> TeacherCache | None:
+    """Return the cache that the settings ask for, or None.
+
+    Raises:
+        ValueError: if rows are joined before they reach the model, or the folder holds another teacher's answers.
+    """
+    if distillation.cache_dir is None:
+        return None
+    joins = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
+    if joins:
+        raise ValueError(
+            f"{joins[0]}=True joins rows differently each time, and the cache finds answers by row. Set "
+            f"{joins[0]}=False, or leave cache_dir out."
+        )
+    temperature = distillation.temperature
+    return TeacherCache(distillation.cache_dir, teacher, top_k=distillation.cache_top_k, temperature=temperature)
+
+
 class DistillationMixin:
     """Mixed into a `Trainer` or `SFTTrainer` class: the training loss looks at a teacher as well.
 
@@ -212,6 +189,7 @@ class DistillationMixin:
 
     teacher: Any = None
     distillation: DistillationConfig = DistillationConfig()
+    teacher_cache: TeacherCache | None = None
     accelerator: Any
     args: Any
     model: Any
@@ -222,6 +200,7 @@ class DistillationMixin:
         check_label_loss(self.args, self.model, self.compute_loss_func)
         if self.teacher is None:
             raise ValueError("The trainer has no teacher: set trainer.teacher to the dense model in eval mode.")
+        self.teacher_cache = open_cache(self.teacher, self.distillation, self.args)
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
@@ -238,16 +217,25 @@ class DistillationMixin:
         if settings.hidden_weight:
             inputs["output_hidden_states"] = True
         outputs = model(**inputs)
-        with torch.inference_mode():
-            answers = self.teacher(**inputs)
-        student, teacher = outputs.logits, answers.logits.clone()
+        student = outputs.logits
+        # of a decoder, each position's logits are about the next token
+        about = slice(None)
         if student.ndim == 3 and labels.ndim == 2 and find_anatomy(self.teacher).kind == "decoder":
-            student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+            about = slice(-1)
+            student, labels = student[:, about], labels[:, 1:]
         keep = labels != -100
-        count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = settings.weight * teacher_divergence(student, teacher, keep, settings.temperature)
+        if self.teacher_cache is not None:
+            divergence = self.teacher_cache.divergence(
+                student, inputs, keep, lambda: self._ask(inputs).logits[:, about], settings.temperature
+            )
+        else:
+            answers = self._ask(inputs)
+            teacher = answers.logits.clone()[:, about]
+            divergence = teacher_divergence(student, teacher, keep, settings.temperature)
+        loss = settings.weight * divergence
         if settings.weight < 1:
             loss = loss + (1 - settings.weight) * F.cross_entropy(student[keep].float(), labels[keep], reduction="sum")
+        count = keep.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = loss / count.to(loss.device).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is that of all, and DDP averages
@@ -260,3 +248,7 @@ class DistillationMixin:
             difference = hidden_difference(outputs.hidden_states, theirs, layer_map(bare), mask)
             loss = loss + settings.hidden_weight * difference
         return (loss, outputs) if return_outputs else loss
+
+    def _ask(self, inputs: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return self.teacher(**inputs)

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from hf_cka.data import Batch, row_text
-from hf_cka.training.distillation import DistillationConfig, DistillationMixin, check_label_loss, check_teacher
+from hf_cka.training.distillation import (
+    DistillationConfig,
+    DistillationMixin,
+    check_label_loss,
+    check_teacher,
+    open_cache,
+)
 from hf_cka.training.recovery import RecoveryConfig, finish_recovery, prepare_recovery
 
 
@@ -99,6 +105,7 @@ def recover(
             args = _arguments(tokenized, {"output_dir": scratch, "save_strategy": "no", "seed": seed, **settings})
         if teacher is not None:
             check_label_loss(args, model)
+            open_cache(teacher, distillation or DistillationConfig(), args)
         set_seed(args.seed)
         trained = prepare_recovery(model, config, batches)
         kind, more = _trainer_class(tokenized, teacher is not None), {}

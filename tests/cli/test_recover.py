@@ -34,7 +34,9 @@ def call(*arguments):
 
 def test_a_distilled_recovery_keeps_the_record_of_the_pruning(given, assets, tmp_path):
     dense = assets / "models" / "stories260k_hf"
-    done = call(*given, "--teacher", dense, "--weight", 0.5, "--json")
+    answers = tmp_path / "answers"
+    keep = ["--teacher-cache", answers, "--teacher-top-k", 16]
+    done = call(*given, "--teacher", dense, "--weight", 0.5, *keep, "--json")
     assert done.exit_code == 0, done.exception
     before, after = load_pruned(tmp_path / "pruned"), load_pruned(tmp_path / "out")
     record = after.config.pruning
@@ -42,6 +44,9 @@ def test_a_distilled_recovery_keeps_the_record_of_the_pruning(given, assets, tmp
     assert record["recovery"]["method"] == "lora"
     assert record["recovery"]["teacher"] == "stories260k_hf"
     assert record["recovery"]["distillation"]["weight"] == 0.5
+    assert record["recovery"]["distillation"]["cache_top_k"] == 16
+    assert list(answers.glob("*/*.safetensors"))
+    assert str(answers) not in json.dumps(record)
     assert record["history"][-1]["recovery"] == record["recovery"]
     assert json.loads(done.stdout.splitlines()[-1])["recovery"] == record["recovery"]
     changed = [n for n, p in after.named_parameters() if not p.equal(dict(before.named_parameters())[n])]

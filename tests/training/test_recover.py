@@ -10,7 +10,8 @@ import torch
 
 from hf_cka import PruningConfig, PruningPlan, apply_plan, prune, recover
 from hf_cka.training import DistillationConfig, DistillationMixin, RecoveryConfig
-from hf_cka.training.distillation import hidden_difference, layer_map, teacher_divergence
+from hf_cka.training.distillation import layer_map
+from hf_cka.training.divergence import hidden_difference, teacher_divergence
 from tests.tiny import tiny_model
 
 pytest.importorskip("trl")
