@@ -26,8 +26,8 @@ def recover_command(
     hidden_weight: Annotated[
         float | None, typer.Option(help="Of the teacher's hidden states in the loss; default: 0.")
     ] = None,
-    teacher_cache: Annotated[Path | None, typer.Option(help="Folder where the teacher's answers are kept.")] = None,
-    teacher_top_k: Annotated[int | None, typer.Option(help="Tokens a position that --teacher-cache keeps.")] = None,
+    teacher_cache: Annotated[Path | None, typer.Option(help="Folder of the teacher's answers; default: none.")] = None,
+    teacher_top_k: Annotated[int | None, typer.Option(help="Tokens a place in it; default: all.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of lora and cka_lora; default: 8.")] = None,
     keep_ratio: Annotated[float | None, typer.Option(help="Of cka_lora: share of the layers; default: 0.5.")] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
