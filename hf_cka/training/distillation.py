@@ -226,7 +226,7 @@ class DistillationMixin:
         keep = labels != -100
         if self.teacher_cache is not None:
             divergence = self.teacher_cache.divergence(
-                student, inputs, keep, lambda: self._ask(inputs).logits[:, about], settings.temperature
+                student, inputs, keep, lambda: self._ask(inputs).logits[:, about]
             )
         else:
             answers = self._ask(inputs)

@@ -32,7 +32,8 @@ class TeacherCache:
         folder: made if it is not there.
         teacher: the model.
         top_k: keep only so many of the most likely classes, and the others as one.
-        temperature: which ``top_k`` applies before it joins the others; all logits take any.
+        temperature: of teacher and student. With ``top_k`` it is applied before the others are joined, so that such a
+            cache serves one temperature; all logits serve any.
 
     Raises:
         ValueError: if the folder holds answers of another teacher, or other ones.
@@ -44,7 +45,7 @@ class TeacherCache:
     def __init__(
         self, folder: str | os.PathLike[str], teacher: Any, *, top_k: int | None = None, temperature: float = 1.0
     ) -> None:
-        self.folder, self.top_k = Path(folder), top_k
+        self.folder, self.top_k, self.temperature = Path(folder), top_k, temperature
         meta = {
             "format_version": _FORMAT,
             "teacher": model_digest(teacher),
@@ -52,7 +53,6 @@ class TeacherCache:
             "top_k": top_k,
             "temperature": None if top_k is None else temperature,
         }
-        self.temperature = temperature
         path = self.folder / _META
         if path.exists():
             known = json.loads(path.read_text())
@@ -75,7 +75,6 @@ class TeacherCache:
         inputs: Mapping[str, Any],
         keep: torch.Tensor,
         ask: Callable[[], torch.Tensor],
-        temperature: float,
     ) -> torch.Tensor:
         """Return the divergence of a student from the teacher, summed over positions, in nats.
 
@@ -84,24 +83,26 @@ class TeacherCache:
             inputs: of the model, without labels.
             keep: ``(batch, ...)``, true where a position counts.
             ask: returns the teacher's logits for the batch; called if a row of it is new.
-            temperature: of both.
 
         Raises:
             ValueError: if the batch joins several texts in one row, or ``top_k`` is not below the number of classes.
         """
+        from safetensors.torch import load_file
+
         paths = [self.folder / name[:2] / f"{name}.safetensors" for name in row_digests(inputs, keep)]
         new = [row for row, path in enumerate(paths) if not path.exists()]
         if new:
             logits = ask().clone()
             for row in new:
                 self._write(paths[row], logits[row][keep[row]])
-        found = [self._read(path) for path in paths]
+        found = [load_file(path) for path in paths]
         answers = {name: torch.cat([part[name] for part in found]).to(student.device) for name in found[0]}
         student = student[keep]
         if self.top_k is None:
             everywhere = torch.ones(len(student), dtype=torch.bool, device=student.device)
-            return teacher_divergence(student, answers["logits"], everywhere, temperature)
-        return top_divergence(student, answers["log_probabilities"], answers["indices"].long(), temperature)
+            return teacher_divergence(student, answers["logits"], everywhere, self.temperature)
+        indices = answers["indices"].long()
+        return top_divergence(student, answers["log_probabilities"], indices, self.temperature)
 
     @torch.no_grad()
     def _write(self, path: Path, logits: torch.Tensor) -> None:
@@ -119,11 +120,6 @@ class TeacherCache:
         path.parent.mkdir(exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         _at_once(path, lambda scratch: save_file(tensors, scratch))
-
-    def _read(self, path: Path) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(path)
 
 
 def row_digests(inputs: Mapping[str, Any], keep: torch.Tensor) -> list[str]:

@@ -38,7 +38,7 @@ def test_answers_are_found_whatever_the_order_and_the_padding(top_k, tmp_path):
     def divergence(batch, ask=None):
         keep = batch["attention_mask"].bool()[:, 1:] & batch["attention_mask"].bool()[:, :-1]
         logits, theirs = student(**batch).logits[:, :-1], teacher(**batch).logits[:, :-1]
-        cached = cache.divergence(logits, batch, keep, ask or (lambda: theirs), 2.0)
+        cached = cache.divergence(logits, batch, keep, ask or (lambda: theirs))
         if top_k is None:
             return cached, teacher_divergence(logits, theirs, keep, 2.0)
         values, indices = most_likely((theirs[keep] / 2.0).log_softmax(-1), top_k)
@@ -50,6 +50,8 @@ def test_answers_are_found_whatever_the_order_and_the_padding(top_k, tmp_path):
     for again in (batch, {k: v[order] for k, v in batch.items()}, padded(batch, 0, 3), padded(batch, 2, 1)):
         cached, uncached = divergence(again, never)
         torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-5)
+    nothing = torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # such as rows whose answer was cut off
+    assert float(cache.divergence(torch.randn(*nothing.shape, 96), batch, nothing, lambda: torch.randn(3, 12, 96))) == 0
     one = {k: v[:1, :-1] for k, v in batch.items()}  # the beginning of a row is another row
     with pytest.raises(AssertionError, match="asked again"):
         divergence(one, never)
@@ -109,11 +111,11 @@ def test_a_kill_while_an_answer_is_written_leaves_none(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            cache.divergence(logits, batch, keep, lambda: logits, 1.0)
+            cache.divergence(logits, batch, keep, lambda: logits)
     with pytest.raises(AssertionError, match="asked again"):
-        cache.divergence(logits, batch, keep, never, 1.0)
-    assert float(cache.divergence(logits, batch, keep, lambda: logits, 1.0)) == 0
-    assert float(cache.divergence(logits, batch, keep, never, 1.0)) == 0
+        cache.divergence(logits, batch, keep, never)
+    assert float(cache.divergence(logits, batch, keep, lambda: logits)) == 0
+    assert float(cache.divergence(logits, batch, keep, never)) == 0
 
 
 def test_what_a_cache_cannot_do_is_refused(tmp_path):
@@ -142,9 +144,9 @@ def test_what_a_cache_cannot_do_is_refused(tmp_path):
     joined = batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
     keep, logits = batch["attention_mask"].bool(), torch.randn(*batch["input_ids"].shape, 96)
     with pytest.raises(ValueError, match="holds position_ids"):
-        TeacherCache(tmp_path / "all", teacher).divergence(logits, joined, keep, never, 1.0)
+        TeacherCache(tmp_path / "all", teacher).divergence(logits, joined, keep, never)
     with pytest.raises(ValueError, match="cache_top_k=96 must be below"):
-        TeacherCache(tmp_path / "96", teacher, top_k=96).divergence(logits, batch, keep, lambda: logits, 1.0)
+        TeacherCache(tmp_path / "96", teacher, top_k=96).divergence(logits, batch, keep, lambda: logits)
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", packing=True)
     for more, message in (({"args": args}, "packing=True joins rows"), ({"max_steps": 1}, "teacher is '.*' there")):
         with pytest.raises(ValueError, match=message):
