@@ -121,8 +121,7 @@ def recover_command(
         "seed": seed,
         "trainable": result.trainable,
         "teacher": public_name(teacher),
-        # where the answers were kept says nothing of the model
-        "distillation": None if distillation is None else _without(distillation.to_dict(), "cache_dir"),
+        "distillation": None if distillation is None else distillation.to_dict(),
     }
     saved = save_pruned(result.model, output, tokenizer=tokenizer, record={"recovery": record}, overwrite=overwrite)
     if as_json:
@@ -136,7 +135,3 @@ def recover_command(
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _without(table: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key != name}

@@ -61,8 +61,8 @@ class DistillationConfig:
             raise ValueError(f"cache_top_k={self.cache_top_k} must be at least 1, and needs a cache_dir.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON data."""
-        return asdict(self)
+        """Return what shapes the loss as plain JSON data, for a record: where answers were kept does not."""
+        return {name: value for name, value in asdict(self).items() if name != "cache_dir"}
 
 
 def check_teacher(student: Any, teacher: Any) -> None:

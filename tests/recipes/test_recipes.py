@@ -125,5 +125,10 @@ def test_prune_then_recover_and_distill(assets, instructions, tmp_path):
     assert before["recovery"]["rank"] == 16
     assert after["plan"] == before["plan"]
     assert after["method"] == "width"
-    assert after["recovery"]["distillation"] == {"weight": 0.5, "temperature": 1.0, "hidden_weight": 0.1}
+    assert after["recovery"]["distillation"] == {
+        "weight": 0.5,
+        "temperature": 1.0,
+        "hidden_weight": 0.1,
+        "cache_top_k": None,
+    }
     assert [step.get("recovery", {}).get("rank") for step in after["history"]] == [16, 8]
