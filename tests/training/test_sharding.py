@@ -21,8 +21,9 @@ config = {
     "width": PruningConfig(method="width", criterion="amp", ratio=0.2, repair="least_squares"),
 }[method]
 
-def run(resume=None):
+def attached(out):
     model = tiny_model("llama", num_hidden_layers=6, num_key_value_heads=4, tie_word_embeddings=method == "depth")
+    model.enable_input_require_grads()  # a hook whose handle the model holds
     settings = dict(per_device_train_batch_size=int(size), max_steps=6, gradient_checkpointing=True, learning_rate=1e-3)
     if kind != "none":
         settings |= sharded(kind) | {"ddp_backend": "gloo", "kind": ShardingTrainer}
@@ -33,9 +34,15 @@ def run(resume=None):
         mode="boundary",
         recovery=None if recovery == "none" else recovery,
     )
-    trainer = plugin.attach(trainer_for(model, folder + "/out", **settings))
+    return plugin.attach(trainer_for(model, out, **settings))
+
+def run(resume=None, out=folder + "/out"):
+    trainer = attached(out)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+def killed():
+    raise KeyboardInterrupt
 
 def whole(trainer):
     assert is_sharded(trainer.model) == (kind != "none")
@@ -49,8 +56,15 @@ result = {
     "sharded": sum(isinstance(module, FSDPModule) for module in trainer.model.modules()),
 }
 if kind != "none":
-    for step in (3, 5):  # between the pruning steps, and after both
-        again = run(f"{folder}/out/checkpoint-{step}")
+    broken = attached(folder + "/killed")
+    broken._prune_at_boundary = killed
+    try:
+        broken.train()
+    except KeyboardInterrupt:
+        pass
+    # between the pruning steps, after both, and at one that was due when the run was killed
+    for out, step in (("out", 3), ("out", 5), ("killed", 2)):
+        again = run(f"{folder}/{out}/checkpoint-{step}", f"{folder}/{out}")
         assert all(torch.equal(a, b) for a, b in zip(whole(again), whole(trainer), strict=True))
     model = fully_shard(tiny_model("llama"))  # by hand, which the Trainer does not know
     given = TrainerPlugin(config, mode="boundary").attach(trainer_for(model, folder, ddp_backend="gloo"))
