@@ -28,6 +28,8 @@ from hf_cka.training import RecoveryConfig
 
 FIVE_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 QUESTIONS = {"ARC-Easy": "arc_easy_test_a.jsonl", "PIQA": "piqa_valid_a.jsonl"}
+# flags with a default: the others are in the report's command
+DEFAULTS: dict[str, Any] = {"steps": None, "seeds": [0, 1, 2], "seed": 0, "items": 100, "tokens": 4096}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -172,12 +174,13 @@ def parse(paper: Paper, doc: str | None, model: str, arguments: Sequence[str] | 
     parser.add_argument("--assets", type=Path, help="with --small: a folder with lm/, mc/, instruct/ and glue/")
     parser.add_argument("--model", help=f"a Hub id or a folder; {model}, or SmolLM2-135M-Instruct with --small")
     parser.add_argument("--steps", type=int, help="of every training, instead of the setting's own number")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of what is random")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration data")
-    parser.add_argument("--items", type=int, default=100, help="with --small: questions of each task")
-    parser.add_argument("--tokens", type=int, default=4096, help="with --small: of WikiText-2")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of what is random (0 1 2)")
+    parser.add_argument("--seed", type=int, help="of the calibration data (0)")
+    parser.add_argument("--items", type=int, help="with --small: questions of each task (100)")
+    parser.add_argument("--tokens", type=int, help="with --small: tokens of WikiText-2 (4096)")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     parser.add_argument("--output", type=Path, help=f"report; results/{paper.name}.md with --small")
+    parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(arguments)
     if options.small and options.assets is None:
         parser.error("--small needs --assets: the folder with lm/, mc/, instruct/ and glue/.")
@@ -268,9 +271,10 @@ def write_report(
     name = public_name(options.model) or "SmolLM2-135M-Instruct"
     command = f"python -m recipes.reproduce.{paper.name}"
     command += " --small --assets FOLDER" if options.small else ""
-    command += "".join(
-        f" --{flag} {getattr(options, flag)}" for flag in ("steps",) if getattr(options, flag) is not None
-    )
+    for flag, default in DEFAULTS.items():
+        value = getattr(options, flag)
+        if value != default:
+            command += f" --{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     command += " --bf16" if options.bf16 else ""
     lines = [
         f"# {paper.title}",
