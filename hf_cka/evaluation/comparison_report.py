@@ -93,11 +93,21 @@ def results_table(comparison: Comparison) -> Table:
     """
     rows = comparison.results()
     columns = tuple(rows[0])
-    shown = tuple(tuple(_shown(name, row[name]) for name in columns) for row in rows)
+    shown = tuple(tuple(shown_cell(name, row[name]) for name in columns) for row in rows)
     return Table("Size, quality and speed", columns, shown, note=_notes(comparison))
 
 
-def _shown(name: str, value: Cell) -> Cell:
+def shown_cell(name: str, value: Cell) -> Cell:
+    """Return a result as a table shows it: shares in percent, counts in short.
+
+    Args:
+        name: of the column, as in `Comparison.results`.
+        value: of the model.
+
+    Example:
+        >>> shown_cell("removed", 0.07895), shown_cell("parameters", 134515008), shown_cell("perplexity", 19.5)
+        ('7.9%', '134.5M', 19.5)
+    """
     if isinstance(value, float) and name in _PERCENT:
         return f"{value:.1%}"
     if isinstance(value, float) and name == "decoding speed":

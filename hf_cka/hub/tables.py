@@ -164,7 +164,10 @@ def results_table(results: Any) -> tuple[str, str | None, str | None]:
     if "sections" in whole:  # a report, which holds its numbers once more as rows
         if not whole.get("results"):
             raise ValueError(f"{where} is a report without results. Give the report.json of `hf-cka compare`.")
-        named = {"rows": whole["results"], "command": whole.get("command"), "notes": whole.get("notes")}
+        from hf_cka.evaluation.comparison_report import shown_cell
+
+        shown = [{name: shown_cell(name, value) for name, value in row.items()} for row in whole["results"]]
+        named = {"rows": shown, "command": whole.get("command"), "notes": whole.get("notes")}
         whole = {name: value for name, value in named.items() if value}
     unknown = sorted(set(whole) - {"rows", "command", "notes"})
     rows = whole.get("rows")

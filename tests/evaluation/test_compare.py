@@ -92,7 +92,9 @@ def test_the_command_writes_a_page_and_the_card_takes_its_numbers(folders, monke
     assert done.exit_code == 0, done.output
     card = (folders / "depth" / "README.md").read_text()
     value = report["results"][1]["perplexity"]
-    assert f"{value:.4g}" in next(line for line in card.splitlines() if line.startswith("| depth |"))
+    row = next(line for line in card.splitlines() if line.startswith("| depth |"))
+    assert f"{value:.4g}" in row
+    assert f"{report['results'][1]['removed']:.1%}" in row
     assert "Perplexity of " in card
 
 
