@@ -71,7 +71,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper, what was measured here, and whether it held; None where it could not be tested."""
+    """One claim of the paper, what was measured here, and whether it held; None where the data do not decide."""
 
     text: str
     measured: str
@@ -291,7 +291,7 @@ def write_report(
     for label, row in rows.items():
         lines.append("| " + " | ".join([label, *(_cell(row.get(column), column) for column in columns)]) + " |")
     lines += ["", "| the paper says | measured here | held |", "|---|---|---|"]
-    words = {True: "yes", False: "no", None: "not tested"}
+    words = {True: "yes", False: "no", None: "undecided"}
     lines += [f"| {claim.text} | {claim.measured} | {words[claim.held]} |" for claim in claims]
     text = "\n".join(lines) + "\n"
     options.output.parent.mkdir(parents=True, exist_ok=True)
