@@ -81,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how = f"{steps} steps" if steps > 0 else "3 epochs"
     settings = (
         f"SST-2, {len(options.seeds)} seeds, LoRA rank 8, alpha 16; {how} of 16 sentences, learning rate 1e-3 "
-        f"(cosine). Spread: standard deviation over the seeds. Differences have their standard error beside them, and are "
-        "undecided within two of it; the same quality is what lies within one."
+        f"(cosine). Spread: standard deviation over the seeds. Differences: with their standard error; undecided "
+        "within two of it, and the same quality within one."
     )
     write_report(PAPER, options, settings, table, claims, ("trainable", "layers", "accuracy", "spread"))
 
