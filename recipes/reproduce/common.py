@@ -277,7 +277,7 @@ def write_report(
             command += f" --{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
     command += " --bf16" if options.bf16 else ""
     lines = [
-        f"# {paper.title}",
+        f"## {paper.title}",
         "",
         f"arXiv {paper.arxiv}, on {name}. `{command}`",
         "",
