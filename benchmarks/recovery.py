@@ -97,16 +97,16 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         "# Recovery",
         "",
-        f"`python benchmarks/recovery.py --assets ASSETS --items {options.items}{' --bf16' if options.bf16 else ''}`; rows "
-        "are kept in `recovery.json`.",
+        f"`python benchmarks/recovery.py --assets ASSETS --items {options.items}{' --bf16' if options.bf16 else ''}`; "
+        "rows are kept in `recovery.json`.",
         "",
         f"{public_name(options.model) or 'SmolLM2-135M-Instruct'}; LoRA of rank {options.rank} in all projections, "
         f"{options.steps} steps of {options.batch_size} x {options.length} tokens, learning rate "
         f"{options.learning_rate:g} (cosine), {'bfloat16 autocast' if options.bf16 else 'float32'}, "
         f"seed {options.seed}.",
         f"Perplexity: {options.tokens} and {options.tokens // 2} tokens, context 512; {options.items} questions each.",
-        "Trained on equal parts of later WikiText-2 text of the same file, other stories, and instructions; the teacher is "
-        "the dense model. Seconds on a shared machine.",
+        "Trained on equal parts of later WikiText-2 text of the same file, other stories, and instructions; the "
+        "teacher is the dense model. Seconds on a shared machine.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
