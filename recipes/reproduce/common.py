@@ -121,10 +121,10 @@ class Study:
         return model
 
     def healed(
-        self, config: PruningConfig, batches: Sequence[Any], training: Training, *, seed: int = 0, **more: Any
+        self, config: PruningConfig, batches: Sequence[Any], training: Training, *, seed: int = 0
     ) -> dict[str, float]:
         """Prune the dense model, tune what is left, and measure it; perplexity before tuning stands beside."""
-        model = prune(self.model, batches, config, progress=False, **more).model
+        model = prune(self.model, batches, config, progress=False).model
         before = perplexity(model, None, self.text, context=512, progress=False).value
         return {**self.quality(self.tuned(model, training, seed=seed)), "before healing": before}
 

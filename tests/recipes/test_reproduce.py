@@ -57,6 +57,37 @@ def test_the_encoder_script_judges_its_claims(assets, tmp_path):
     assert "| half of the adapters, the same quality |" in text
 
 
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_size_of_the_paper_runs_on_named_data_sets(assets, tmp_path, monkeypatch):
+    """What a machine with the Hub does, with the Hub's data sets and lm-eval's tasks replaced."""
+    from datasets import Dataset
+
+    from hf_cka.evaluation import EvaluationResult, TaskResult
+    from recipes.reproduce import common, mop
+
+    asked = []
+    row = {"instruction": "Tell a story.", "input": "", "output": "Tom is happy.", "text": "Once upon a time."}
+
+    def load_rows(name, split="train"):
+        asked.append((name, split))
+        return Dataset.from_list([row] * 60)
+
+    def evaluate(model, tasks, **_):
+        return EvaluationResult(None, tuple(TaskResult(task, "lm-eval", {"acc": 0.5}) for task in tasks))
+
+    monkeypatch.setattr(common, "load_rows", load_rows)
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    model = str(assets / "models" / "stories260k_hf")
+    file = tmp_path / "mop.md"
+    mop.main(["--model", model, "--steps", "1", "--seeds", "0", "--output", str(file)])
+    assert asked == [("yahma/alpaca-cleaned", "train"), ("Salesforce/wikitext:wikitext-2-raw-v1", "test")]
+    text = file.read_text()
+    assert "40% asked" in text
+    assert "1 steps of 16 x 512 tokens, learning rate 0.0003" in text
+    assert "| width only |" in text
+
+
 def test_small_asks_for_the_data(capsys):
     with pytest.raises(SystemExit):
         importlib.import_module("recipes.reproduce.amp").main(["--small"])
