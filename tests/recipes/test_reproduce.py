@@ -26,11 +26,11 @@ def test_a_decoder_script_judges_its_claims(name, assets, tmp_path, capsys):
     model = str(assets / "models" / "stories260k_hf")
     text, rows = run(name, assets, tmp_path, "--model", model)
     judged = [line.rsplit("|", 2)[1].strip() for line in text.splitlines() if line.startswith("| ")][-2:]
-    assert set(judged) <= {"yes", "no"}
+    assert set(judged) <= {"yes", "no", "undecided"}
     assert str(assets) not in text
     assert "| dense | 0.0% |" in text
     pruned = [row for key, row in rows.items() if "removed" in row and not key.startswith("dense")]
-    assert len(pruned) >= 4
+    assert len(pruned) >= 3
     assert all(0.05 < row["removed"] < 0.9 for row in pruned)
     # what is kept is not measured again
     capsys.readouterr()
