@@ -136,7 +136,7 @@ def run_demo(
         adapted,
         pruned,
         (changed.heatmap(), changed.change_chart(), differ.excerpts()),
-        str(saved).splitlines()[0],
+        str(saved).splitlines()[0].replace(str(saved.folder), saved.folder.name),  # a report is shown to others
         checks,
         settings={"model": source, "seed": seed, "threads": torch.get_num_threads(), **asdict(budget)},
         command=f"hf-cka demo --seed {seed}" + (" --quick" if quick else ""),

@@ -36,6 +36,7 @@ def test_every_step_runs_and_the_report_holds_what_was_printed(small_demo, tmp_p
     assert runs[2][2] == runs[3][2] < runs[1][2], "half the layers, fewer trainable parameters"
     assert LayerSelection.load(tmp_path).num_hidden_layers == 5
     assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert str(tmp_path) not in (tmp_path / "report.html").read_text(), "a report is shown to others"
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
     assert pruned.config.num_hidden_layers == 4
     assert all(check.passed for check in data.sections[4].blocks[0].checks)
