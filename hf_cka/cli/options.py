@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,16 @@ Seed = Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=_SHARED)]
 Dtype = Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16 or float16.", rich_help_panel=_SHARED)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, before anything long begins.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty. Give another --output, or --overwrite to replace it.")
 
 
 def load_calibration(

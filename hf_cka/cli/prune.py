@@ -83,8 +83,7 @@ def prune_command(
         "seed": seed,
     }
     config = config_of(paper, {name: value for name, value in given.items() if value is not None}, widths, multiple_of)
-    if not dry_run and not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty. Give another --output, or --overwrite to replace it.")
+    options.check_output(output, overwrite or dry_run)
 
     loaded, tokenizer = options.load_model(model, device, dtype)
     batches = options.load_calibration(

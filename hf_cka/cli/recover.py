@@ -60,8 +60,7 @@ def recover_command(
     if teacher_cache is not None:
         mix["cache_dir"] = str(teacher_cache)
     distillation = DistillationConfig(**mix) if teacher is not None or mix else None
-    if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty. Give another --output, or --overwrite to replace it.")
+    options.check_output(output, overwrite)
     checkpoints = output.with_name(output.name + ".checkpoints")
     if resume and not any(checkpoints.glob("checkpoint-*")):
         raise FileNotFoundError(f"{checkpoints} holds no checkpoint to go on from. Leave --resume out.")

@@ -10,7 +10,6 @@ layers with as much tuning: by perplexity, by block influence, at random; and th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -57,15 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def run(name: str, config: PruningConfig, seed: int = 0) -> dict[str, float]:
         return rows.get(name, lambda: study.quality(study.rounds(config, rounds, batches, training, seed=seed)))
 
-    long = replace(
-        training, steps=rounds * training.steps if training.steps >= 0 else -1, epochs=rounds * training.epochs
-    )
     random = PruningConfig(criterion="random", num_layers=1)
     table = {
         "dense": rows.get("dense", lambda: study.quality(study.model)),
-        "dense, tuned as long": rows.get(
-            "dense, tuned", lambda: study.quality(study.tuned(copy.deepcopy(study.model), long))
-        ),
+        "dense, tuned as long": rows.get("dense, tuned", lambda: study.dense_tuned(training.times(rounds))),
         **{name: run(name, config) for name, config in CRITERIA.items()},
         f"random, mean of {len(options.seeds)}": over_seeds([run(f"random {s}", random, s) for s in options.seeds]),
     }

@@ -8,6 +8,7 @@ and the data are the local files of the folder. Finished rows are kept beside th
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,10 @@ class Training:
     epochs: float = 2.0
     steps: int = -1
 
+    def times(self, number: int) -> Training:
+        """Return a training as long as so many of these."""
+        return replace(self, steps=number * self.steps if self.steps >= 0 else -1, epochs=number * self.epochs)
+
     def __str__(self) -> str:
         recovery, long = self.recovery, f"{self.steps} steps" if self.steps >= 0 else f"{self.epochs:g} epochs"
         return (
@@ -109,6 +114,10 @@ class Study:
             seed=seed,
             disable_tqdm=True,
         ).model.eval()
+
+    def dense_tuned(self, training: Training) -> dict[str, float]:
+        """Tune a copy of the dense model, and measure it: what the training alone gives."""
+        return self.quality(self.tuned(copy.deepcopy(self.model), training))
 
     def rounds(
         self, config: PruningConfig, number: int, batches: Sequence[Any], training: Training, *, seed: int = 0

@@ -11,7 +11,6 @@ Controls follow fixed paths with the same tuning: layers alone, width alone, and
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -63,14 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return rows.get(name, measure)
 
-    long = replace(
-        training, steps=number * training.steps if training.steps >= 0 else -1, epochs=number * training.epochs
-    )
     table = {
         "dense": rows.get("dense", lambda: study.quality(study.model)),
-        "dense, tuned as long": rows.get(
-            "dense, tuned", lambda: study.quality(study.tuned(copy.deepcopy(study.model), long))
-        ),
+        "dense, tuned as long": rows.get("dense, tuned", lambda: study.dense_tuned(training.times(number))),
         "the child with the higher CKA": run("cka", "cka"),
         "layers alone": run("layers", "L" * number),
         "width alone": run("width", "G" * number),
