@@ -146,6 +146,13 @@ def calibration_batches(data: dict[str, Any], rows: int, tokens: int) -> list[di
     return [{"input_ids": part} for part in ids.split(8)]
 
 
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the finished rows, whole or not at all: an interruption loses none of the earlier ones."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(file)
+
+
 def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any], ratios: Sequence[float], options: Any) -> str:
     """Return the rows as Markdown, one table a ratio, best WikiText-2 perplexity first."""
     questions = [name for name in QUESTIONS if name in dense]
@@ -244,9 +251,7 @@ def main() -> None:
 
     def keep(row: dict[str, Any]) -> None:
         done[row["method"], row["ratio"], row["seed"]] = row
-        part = cache.with_suffix(".part")
-        part.write_text(json.dumps(list(done.values()), indent=1) + "\n")
-        part.replace(cache)
+        write_rows(cache, list(done.values()))
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
 
     def started(method: str, ratio: float, seed: int) -> dict[str, Any] | None:

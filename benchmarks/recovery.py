@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pruning import METHODS, QUESTIONS, TEXTS, calibration_batches, load_data
+from pruning import METHODS, QUESTIONS, TEXTS, calibration_batches, load_data, write_rows
 
 from hf_cka import load_pruned, save_pruned
 from hf_cka.cli.demo_assets import load_demo_model
@@ -155,9 +155,7 @@ def main() -> None:
 
     def keep(row: dict[str, Any]) -> None:
         kept.append(row | {"settings": settings})
-        part = cache.with_suffix(".part")
-        part.write_text(json.dumps(kept, indent=1) + "\n")
-        part.replace(cache)
+        write_rows(cache, kept)
         print(row, flush=True)
 
     done = {(row["ratio"], row["method"], row["stage"]) for row in kept}
