@@ -181,15 +181,16 @@ def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any], ratios: Sequenc
                 here.setdefault(row["method"], []).append(row)
         for method, group in sorted(here.items(), key=lambda item: min(row["WikiText-2"] for row in item[1])):
             cells = [method, f"{1 - group[0]['parameters'] / dense['parameters']:.1%}"]
-            cells += [_cell([row[name] for row in group], "{:.1f}") for name in TEXTS]
-            cells += [_cell([row[name] for row in group if name in row], "{:.2f}") for name in questions]
-            cells += [_cell([row["decode"] for row in group], "{:.2f}")]
-            cells += [_cell([row[key] for row in group], "{:.0f}") for key in ("seconds", "peak")]
+            cells += [cell([row[name] for row in group], "{:.1f}") for name in TEXTS]
+            cells += [cell([row[name] for row in group if name in row], "{:.2f}") for name in questions]
+            cells += [cell([row["decode"] for row in group], "{:.2f}")]
+            cells += [cell([row[key] for row in group], "{:.0f}") for key in ("seconds", "peak")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: Sequence[float], form: str) -> str:
+def cell(values: Sequence[float], form: str) -> str:
+    """Return the mean, with the range if there are several values; what is too large for its form is shortened."""
     if not values:
         return ""
     form = "{:.3g}" if max(values) >= 10_000 else form

@@ -1,25 +1,25 @@
 """Layer-wise LoRA by CKA (arXiv 2602.05988): adapters in the half of the layers that change their input most.
 
-    python -m recipes.reproduce.cka_lora [--model FacebookAI/roberta-base] [--task sst2]
+    python -m recipes.reproduce.cka_lora [--model FacebookAI/roberta-base]
     python -m recipes.reproduce.cka_lora --small --assets FOLDER [--model ENCODER]
 
 Scores are 1 - CKA (biased) of CLS before and after each layer on training samples; the first layer, whose CLS is
 constant, never ranks. Rank 8, alpha 16, as in the paper for RoBERTa-base; learning rate and epochs are ours.
 `--small` trains MiniLM (sentence-transformers/all-MiniLM-L6-v2) for 100 steps on SST-2. All layers and a random half
-are trained alike, with every seed. For decoders: recipes/cka_lora_sft.py, and benchmarks/lora_selection.py.
+are trained alike, with every seed. For decoders: cka_lora_decoder.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_cka import calibration, select_layers
@@ -31,6 +31,10 @@ PAPER = Paper(
     "Layer-wise LoRA fine-tuning: a similarity metric approach",
     "2602.05988",
     "learning rate and length of training, which are ours for encoders.",
+)
+MEANING = (
+    "Spread: standard deviation over the seeds. Differences: with their standard error; undecided within two of it, "
+    "and the same quality within one."
 )
 VARIANTS = {"all layers": ("all", 1.0), "CKA half": ("cka", 0.5), "random half": ("random", 0.5)}
 
@@ -46,50 +50,90 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     else:
         train, test = (load_rows("nyu-mll/glue:sst2", part) for part in ("train", "validation"))
-    rows = open_rows(options)
     steps = options.steps or (100 if options.small else -1)
 
-    def run(name: str, seed: int) -> dict[str, Any]:
-        return rows.get(f"{name}, seed {seed}", lambda: trained(options, train, test, name, seed, steps))
+    runs = run_all(options, lambda name, seed: trained(options, train, test, name, seed, steps))
+    how = f"{steps} steps" if steps > 0 else "3 epochs"
+    settings = (
+        f"SST-2, {len(options.seeds)} seeds, LoRA rank 8, alpha 16; {how} of 16 sentences, learning rate 1e-3 "
+        f"(cosine). {MEANING}"
+    )
+    judge(PAPER, options, settings, runs, "accuracy", "points")
 
-    runs = {name: [run(name, seed) for seed in options.seeds] for name in VARIANTS}
+
+def run_all(options: Any, measure: Callable[[str, int], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of each variant with every seed; those that are kept are not run again."""
+    rows = open_rows(options)
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        return rows.get(f"{name}, seed {seed}", lambda: measure(name, seed))
+
+    return {name: [run(name, seed) for seed in options.seeds] for name in VARIANTS}
+
+
+def judge(
+    paper: Paper,
+    options: Any,
+    settings: str,
+    runs: dict[str, list[dict[str, Any]]],
+    quality: str,
+    unit: str,
+    *,
+    lower: bool = False,
+) -> None:
+    """Write the report: every variant over its seeds, and what that says of the paper's claims.
+
+    Args:
+        paper: what is reproduced.
+        options: the command line.
+        settings: in words.
+        runs: of each variant, one a seed, with ``trainable``, ``layers`` and the quality.
+        quality: what the runs are judged by.
+        unit: of the quality.
+        lower: whether less of it is better.
+    """
     table = {
         name: {
             "trainable": f"{found[0]['trainable']:,}",
-            "accuracy": mean(row["accuracy"] for row in found),
-            "spread": stdev([row["accuracy"] for row in found]) if len(found) > 1 else 0.0,
+            quality: mean(row[quality] for row in found),
+            "spread": stdev([row[quality] for row in found]) if len(found) > 1 else 0.0,
             "layers": found[0]["layers"] if name != "random half" else "drawn",
         }
         for name, found in runs.items()
     }
-    every, half, chance = table.values()
+
+    def gain(over: str) -> tuple[float, float]:
+        """How much better the half by CKA is, and the standard error of that."""
+        half, other = table["CKA half"], table[over]
+        error = math.hypot(half["spread"], other["spread"]) / math.sqrt(len(options.seeds))
+        return (half[quality] - other[quality]) * (-1 if lower else 1), error
+
     share = runs["CKA half"][0]["trainable"] / runs["all layers"][0]["trainable"]
-    gained, error = difference(half, every, len(options.seeds))
-    over_chance, chance_error = difference(half, chance, len(options.seeds))
+    (over_all, error), (over_chance, chance_error) = gain("all layers"), gain("random half")
+    digits = 3 if lower else 2
     claims = [
         Claim(
             "half of the adapters, the same quality",
-            f"{gained:+.2f} ± {error:.2f} points with {share:.0%} of the parameters",
-            True if gained >= -error else False if gained < -2 * error else None,
+            f"{over_all:+.{digits}f} ± {error:.{digits}f} {unit} with {share:.0%} of the parameters",
+            True if over_all >= -error else False if over_all < -2 * error else None,
         ),
         Claim(
             "(our control) CKA chooses better than chance",
-            f"{over_chance:+.2f} ± {chance_error:.2f} points against a random half",
+            f"{over_chance:+.{digits}f} ± {chance_error:.{digits}f} {unit} against a random half",
             None if abs(over_chance) <= 2 * chance_error else over_chance > 0,
         ),
     ]
-    how = f"{steps} steps" if steps > 0 else "3 epochs"
-    settings = (
-        f"SST-2, {len(options.seeds)} seeds, LoRA rank 8, alpha 16; {how} of 16 sentences, learning rate 1e-3 "
-        f"(cosine). Spread: standard deviation over the seeds. Differences: with their standard error; undecided "
-        "within two of it, and the same quality within one."
+    write_report(paper, options, settings, table, claims, ("trainable", "layers", quality, "spread"))
+
+
+def with_adapters(model: Any, name: str, seed: int, batches: Callable[[], Any], **lora: Any) -> tuple[PeftModel, str]:
+    """Return the model with adapters in the layers of a variant, and the layers in words."""
+    criterion, ratio = VARIANTS[name]
+    cka = criterion == "cka"
+    selection = select_layers(
+        model, batches() if cka else None, ratio, criterion=criterion, seed=seed, progress=False, paper=cka
     )
-    write_report(PAPER, options, settings, table, claims, ("trainable", "layers", "accuracy", "spread"))
-
-
-def difference(first: dict[str, Any], second: dict[str, Any], count: int) -> tuple[float, float]:
-    """Return how much more accurate the first is, and the standard error of that."""
-    return first["accuracy"] - second["accuracy"], math.hypot(first["spread"], second["spread"]) / math.sqrt(count)
+    return get_peft_model(model, LoraConfig(**lora, **selection.lora_kwargs())), str(list(selection.layers))
 
 
 def trained(options: Any, train: Any, test: Any, name: str, seed: int, steps: int) -> dict[str, Any]:
@@ -97,18 +141,10 @@ def trained(options: Any, train: Any, test: Any, name: str, seed: int, steps: in
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=2, dtype=torch.float32)
-    criterion, ratio = VARIANTS[name]
     texts = [train[i]["sentence"] for i in range(min(1000, len(train)))]
-    selection = select_layers(
-        model,
-        calibration(texts, tokenizer, 512, 128) if criterion == "cka" else None,
-        ratio,
-        criterion=criterion,
-        seed=seed,
-        progress=False,
-        paper=criterion == "cka",
+    adapted, layers = with_adapters(
+        model, name, seed, lambda: calibration(texts, tokenizer, 512, 128), r=8, lora_alpha=16, task_type="SEQ_CLS"
     )
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", **selection.lora_kwargs()))
 
     def encoded(rows: Any) -> list[dict[str, Any]]:
         return [{**tokenizer(row["sentence"], truncation=True, max_length=128), "label": row["label"]} for row in rows]
@@ -133,8 +169,7 @@ def trained(options: Any, train: Any, test: Any, name: str, seed: int, steps: in
         trainer.train()
         answers = trainer.predict(encoded(test))
     accuracy = 100 * float((answers.predictions.argmax(-1) == answers.label_ids).mean())
-    trainable = sum(p.numel() for key, p in adapted.named_parameters() if "lora_" in key)
-    return {"accuracy": accuracy, "trainable": trainable, "layers": str(list(selection.layers))}
+    return {"accuracy": accuracy, "trainable": adapted.num_parameters(only_trainable=True), "layers": layers}
 
 
 if __name__ == "__main__":

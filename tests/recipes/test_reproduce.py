@@ -59,6 +59,46 @@ def test_the_encoder_script_judges_its_claims(assets, tmp_path):
 
 @pytest.mark.assets
 @pytest.mark.slow
+def test_the_script_for_decoders_adapts_half_and_judges(assets, tmp_path):
+    model = str(assets / "models" / "stories260k_hf")
+    text, rows = run("cka_lora_decoder", assets, tmp_path, "--model", model, "--steps", "3")
+    every, half = rows["all layers, seed 0"], rows["CKA half, seed 0"]
+    assert (every["layers"], len(json.loads(half["layers"]))) == ("[0, 1, 2, 3, 4]", 2)
+    assert half["trainable"] / every["trainable"] == pytest.approx(2 / 5)
+    assert every["held-out loss"] != half["held-out loss"]
+    assert "| half of the adapters, the same quality |" in text
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_script_for_decoders_runs_in_the_size_of_the_paper(assets, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from hf_cka.evaluation import EvaluationResult, TaskResult
+    from recipes.reproduce import cka_lora_decoder as script
+
+    rows = Dataset.from_list(
+        [{"query": f"What is {i} + {i}?", "response": str(2 * i), "type": "sum"} for i in range(40)]
+    )
+    monkeypatch.setattr(script, "load_rows", {"meta-math/MetaMathQA": rows}.__getitem__)
+    answers = iter(
+        [{"exact_match (strict-match)": 0.0, "exact_match (flexible-extract)": x} for x in (0.5, 0.25, 0.125)]
+    )
+    monkeypatch.setattr(
+        script,
+        "evaluate",
+        lambda model, tasks, **_: EvaluationResult(None, (TaskResult(*tasks, "lm-eval", next(answers)),)),
+    )
+    file = tmp_path / "report.md"
+    script.main(["--model", str(assets / "models" / "stories260k_hf"), "--seeds", "0", "--output", str(file)])
+    text = file.read_text()
+    assert "1 epoch of 16 rows, learning rate 2e-05" in text
+    assert "| -25.00 ± 0.00 points with 40% of the parameters | no |" in text
+    assert "| +12.50 ± 0.00 points against a random half | yes |" in text
+
+
+@pytest.mark.assets
+@pytest.mark.slow
 def test_the_size_of_the_paper_runs_on_named_data_sets(assets, tmp_path, monkeypatch):
     """What a machine with the Hub does, with the Hub's data sets and lm-eval's tasks replaced."""
     from datasets import Dataset
