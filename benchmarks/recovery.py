@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="as in the papers of AMP and MoP")
     parser.add_argument("--top-k", type=int, default=64, help="tokens of the teacher that are learnt from")
     parser.add_argument("--bf16", action="store_true", help="train and answer questions in bfloat16")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])

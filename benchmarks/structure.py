@@ -5,9 +5,9 @@
 For each removed share (20, 40 and 60 % of the non-embedding parameters) a model is pruned in two ways: whole layers
 (a stock checkpoint) and a mixture of layers, attention, MLP units and KV groups (the hf_cka rung). Every model is
 saved and measured in a fresh process of its own, in turn with the dense model there; the median of the paired ratios
-counts. Decoding multiplies by the whole vocabulary at every step, which no pruning here changes: `decode_flops` counts
-it, `non_embedding` (which the target goes by) does not.
-What is removed is chosen by position, not by a criterion: speed and size do not depend on which.
+counts, and their range is given. The control is the dense model against itself. Decoding multiplies by the whole
+vocabulary at every step, which no pruning here changes: `decode_flops` counts it, `non_embedding` (which the target
+goes by) does not. What is removed is chosen by position, not by a criterion: speed and size do not depend on which.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_cka.data import public_name
 
 SHARES = (0.2, 0.4, 0.6)
 
@@ -59,13 +61,14 @@ def mixed_plan(config: Any, share: float) -> Any:
     )
 
 
-def measure(folder: str, dense: str, options: argparse.Namespace) -> dict[str, float]:
+def measure(folder: str, dense: str, options: argparse.Namespace) -> dict[str, Any]:
     """In a fresh process: resident memory of each model, and how long each takes, in turn on the same inputs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_cka.evaluation.running import cache_reader
 
-    models, found = {}, {}
+    models: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, path in (("pruned", folder), ("dense", dense)):
         # everything that is imported or allocated on first use, before the weights come
         with torch.device("meta"):
@@ -95,7 +98,7 @@ def measure(folder: str, dense: str, options: argparse.Namespace) -> dict[str, f
                     times.setdefault(f"{name}_decode", []).append((end - middle) / options.decode)
     for phase in ("prefill", "decode"):
         pairs = zip(times[f"pruned_{phase}"], times[f"dense_{phase}"], strict=True)
-        found[f"{phase}_time"] = statistics.median(pruned / dense for pruned, dense in pairs)
+        found[f"{phase}_time"] = [pruned / dense for pruned, dense in pairs]
         found[f"dense_{phase}"] = 1 / min(times[f"dense_{phase}"])
     return found
 
@@ -107,7 +110,7 @@ def _resident() -> int:
     raise RuntimeError("This benchmark reads resident memory from /proc/self/status, which this system lacks.")
 
 
-def in_fresh_process(folder: Path, dense: Path, options: argparse.Namespace) -> dict[str, float]:
+def in_fresh_process(folder: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run `measure` in a process of its own."""
     sizes = [f"--{name}={getattr(options, name)}" for name in ("prefill", "decode", "rounds")]
     command = [sys.executable, __file__, "--measure", str(folder), "--model", str(dense), *sizes]
@@ -135,14 +138,14 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=256)
     parser.add_argument("--decode", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="folder for structure.json")
+    parser.add_argument("--output", type=Path, help="folder for structure.md and structure.json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options.model, options)))
         return
 
-    from hf_cka import apply_plan, save_pruned
+    from hf_cka import PruningPlan, apply_plan, save_pruned
 
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,7 +153,10 @@ def main() -> None:
         model = _load(options.model, getattr(torch, options.dtype))
         save_pruned(model, root / "dense", verify=False)
         config = model.config
-        cases: list[dict[str, Any]] = []
+        price = PruningPlan(config.num_hidden_layers, config.model_type).price(model, options.prefill)
+        cases: list[dict[str, Any]] = [
+            {"name": "nothing (control)", "folder": root / "dense", "rung": "", "price": price}
+        ]
         for share in SHARES:
             for name, make in (("layers", depth_plan), ("mixed", mixed_plan)):
                 plan = make(config, share)
@@ -158,7 +164,7 @@ def main() -> None:
                 price = plan.price(model, options.prefill)
                 folder = root / f"{name}{share}"
                 saved = save_pruned(apply_plan(model, plan), folder, verify=False)
-                cases.append({"name": name, "share": share, "folder": folder, "rung": saved.rung.name, "price": price})
+                cases.append({"name": f"{share:.0%} {name}", "folder": folder, "rung": saved.rung.name, "price": price})
 
         def size(folder: Path) -> int:
             return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -171,7 +177,7 @@ def main() -> None:
             runs.append(run)
             rows.append(
                 {
-                    "removed": f"{case['share']:.0%} {case['name']}",
+                    "removed": case["name"],
                     "rung": case["rung"],
                     "parameters": after.parameters / before.parameters,
                     "file": size(folder) / size(root / "dense"),
@@ -192,25 +198,43 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]], dense: dict[str, float], options: argparse.Namespace) -> None:
     """Print the table and whether the targets are met; write it if a folder was given."""
-    print(
-        f"dense, {options.dtype}, {torch.get_num_threads()} threads: {dense['resident'] / 1e6:.0f} MB resident, "
-        f"prefill {dense['prefill']:.0f} and decode {dense['decode']:.1f} tokens/s at {options.prefill} tokens"
-    )
-    print("pruned / dense (times: below 1 is faster)")
-    keys = ("parameters", "file", "resident", "non_embedding", "decode_flops", "prefill_time", "decode_time")
-    print(f"{'removed':>12} {'rung':>8} " + " ".join(f"{key:>13}" for key in keys) + "  targets")
+    ratios = ("parameters", "file", "resident", "non_embedding", "decode_flops")
+    times = ("prefill_time", "decode_time")
+    head = ("removed", "rung", *ratios, *times, "targets")
+    command = f"benchmarks/structure.py --rounds {options.rounds} --prefill {options.prefill} --decode {options.decode}"
+    model = public_name(options.model) or "SmolLM2-135M-Instruct"
+    lines = [
+        "# Structure: dense against pruned",
+        "",
+        f"{model}, {options.dtype}, {torch.get_num_threads()} thread(s) on a shared machine, `python {command}`.",
+        "",
+        f"Dense: {dense['resident'] / 1e6:.0f} MB resident, prefill {dense['prefill']:.0f} and decode "
+        f"{dense['decode']:.1f} tokens/s at {options.prefill} tokens. Below: pruned / dense; of times (below 1 is "
+        f"faster) the median and the range of {options.rounds} paired rounds.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
     for row in rows:
+        median = {key: statistics.median(row[key]) for key in times}
         missed = [key for key in ("file", "resident") if abs(row[key] - row["parameters"]) > 0.02]
-        missed += ["decode_time"] if row["decode_time"] > row["non_embedding"] + 0.05 else []
+        missed += ["decode_time"] if median["decode_time"] > row["non_embedding"] + 0.05 else []
         row["missed"] = missed
-        print(
-            f"{row['removed']:>12} {row['rung']:>8} "
-            + " ".join(f"{row[key]:13.3f}" for key in keys)
-            + ("  met" if not missed else f"  missed: {', '.join(missed)}")
-        )
+        cells = [row["removed"], row["rung"], *(f"{row[key]:.3f}" for key in ratios)]
+        cells += [f"{median[key]:.2f} ({min(row[key]):.2f}-{max(row[key]):.2f})" for key in times]
+        lines.append("| " + " | ".join([*cells, f"missed: {', '.join(missed)}" if missed else "met"]) + " |")
+    lines += [
+        "",
+        "Targets: file and resident memory within 2 points of the parameters, decode time within 5 of the "
+        "non-embedding parameters. Every step multiplies by the whole vocabulary, which no pruning here changes, so "
+        "the time follows `decode_flops` instead.",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "structure.json").write_text(json.dumps({"dense": dense, "rows": rows}, indent=1))
+        (options.output / "structure.md").write_text(text)
+        (options.output / "structure.json").write_text(json.dumps({"dense": dense, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
