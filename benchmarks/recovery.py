@@ -256,13 +256,13 @@ def main() -> None:
         write_rows(cache, kept)
         print({key: value for key, value in row.items() if key not in QUESTIONS}, flush=True)
 
+    cases = [(ratio, method) for ratio in options.ratios for method in (options.best, "random units")]
+    measure(0.0, "dense", BEFORE, 0)
     for seed in options.seeds:
-        for ratio, method in (
-            (0.0, "dense"),
-            *((r, m) for r in options.ratios for m in (options.best, "random units")),
-        ):
-            for stage in STAGES if method != "dense" else STAGES[:2]:
+        for ratio, method in cases:
+            for stage in STAGES:
                 measure(ratio, method, stage, seed)
+        measure(0.0, "dense", LORA, seed)
     text = table(kept, options)
     (options.output / "recovery.md").write_text(text)
     print(text)
