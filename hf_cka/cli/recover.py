@@ -31,7 +31,7 @@ def recover_command(
     rank: Annotated[int | None, typer.Option(help="Of lora and cka_lora; default: 8.")] = None,
     keep_ratio: Annotated[float | None, typer.Option(help="Of cka_lora: share of the layers; default: 0.5.")] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Highest; it falls as a cosine.")] = 2e-4,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest; default: 2e-4; norms 2e-3, full 5e-5.")] = None,
     batch_size: options.BatchSize = 8,
     max_length: options.MaxLength = 512,
     num_samples: options.NumSamples = 128,
@@ -54,6 +54,7 @@ def recover_command(
     from hf_cka.data import load_rows, public_name, row_text
     from hf_cka.modeling import save_pruned
     from hf_cka.training import DistillationConfig, RecoveryConfig, recover
+    from hf_cka.training.recovery import LEARNING_RATES
 
     config = RecoveryConfig(method, **_given(rank=rank, keep_ratio=keep_ratio))
     mix = _given(weight=weight, temperature=temperature, hidden_weight=hidden_weight, cache_top_k=teacher_top_k)
@@ -90,7 +91,7 @@ def recover_command(
         )
     settings: dict[str, Any] = {
         "max_steps": max_steps,
-        "learning_rate": learning_rate,
+        "learning_rate": learning_rate if learning_rate is not None else LEARNING_RATES[config.method],
         "per_device_train_batch_size": batch_size,
         "max_length": max_length,
         "disable_tqdm": as_json,
@@ -114,7 +115,7 @@ def recover_command(
     record = config.to_dict() | {
         "dataset": public_name(dataset),
         "steps": max_steps,
-        "learning_rate": learning_rate,
+        "learning_rate": settings["learning_rate"],
         "batch_size": batch_size,
         "max_length": max_length,
         "seed": seed,

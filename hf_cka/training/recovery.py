@@ -24,6 +24,8 @@ RANK_BUDGETS = {
     "uniform": "the same rank everywhere",
     "importance": "by the block influence of each layer, the mean kept",
 }
+# Adam's, where none is given. A Trainer's own are for all weights, and heal next to nothing with few of them trained.
+LEARNING_RATES = {"lora": 2e-4, "cka_lora": 2e-4, "norms": 2e-3, "full": 5e-5}
 # settings that only some methods read
 _ONLY_FOR = {
     "rank": ("lora", "cka_lora"),

@@ -17,7 +17,7 @@ from hf_cka.training.distillation import (
     check_teacher,
     open_cache,
 )
-from hf_cka.training.recovery import RecoveryConfig, finish_recovery, prepare_recovery
+from hf_cka.training.recovery import LEARNING_RATES, RecoveryConfig, finish_recovery, prepare_recovery
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def recover(
         callbacks: of the Trainer.
         resume_from_checkpoint: as of `Trainer.train`, with the pruned model as it was at the start.
         seed: of LoRA's first weights, the order of the data and dropout.
-        settings: fields of the arguments, such as ``max_steps``, ``learning_rate``, ``output_dir``, ``max_length``.
+        settings: fields of the arguments, such as ``max_steps``, ``output_dir``, ``max_length``. Without a
+            ``learning_rate`` it is 2e-4 for LoRA, 2e-3 for norms, 5e-5 for everything; it falls as a cosine.
 
     Raises:
         ValueError: for a teacher with another vocabulary, a loss that cannot be mixed with a teacher's, rows without a
@@ -102,7 +103,8 @@ def recover(
 
     with tempfile.TemporaryDirectory() as scratch:
         if args is None:
-            args = _arguments(tokenized, {"output_dir": scratch, "save_strategy": "no", "seed": seed, **settings})
+            defaults = {"learning_rate": LEARNING_RATES[config.method], "save_strategy": "no", "seed": seed}
+            args = _arguments(tokenized, {**defaults, "output_dir": scratch, **settings})
         if teacher is not None:
             check_label_loss(args, model)
             open_cache(teacher, distillation or DistillationConfig(), args)

@@ -257,3 +257,16 @@ def test_a_layer_that_lost_both_sublayers_is_left_out_of_the_layer_map():
 def test_rows_without_a_text_are_refused():
     with pytest.raises(ValueError, match="the columns are: height"):
         recover(tiny_model("llama"), [{"height": 3}] * 4)
+
+
+@pytest.mark.parametrize("method", ["lora", "norms", "full"])
+@pytest.mark.parametrize("given", [None, 7e-4])
+def test_the_learning_rate_is_that_of_the_method_unless_given(method, given):
+    """A Trainer's own is for all weights at once, and with adapters or norms alone heals next to nothing."""
+    model = tiny_model("llama")
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    settings = {} if given is None else {"learning_rate": given}
+    result = recover(
+        model, rows, method, max_steps=1, logging_steps=1, lr_scheduler_type="constant", disable_tqdm=True, **settings
+    )
+    assert result.log[0]["learning_rate"] == (given or {"lora": 2e-4, "norms": 2e-3, "full": 5e-5}[method])
