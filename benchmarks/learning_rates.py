@@ -2,9 +2,9 @@
 
     python benchmarks/learning_rates.py --assets FOLDER --bf16
 
-What `hf_cka.training.recovery.LEARNING_RATES` rests on. The lowest rate is the default of TRL or of the Trainer, which
-is meant for all weights. Perplexity is that of held-out rows of the training text. Short runs on a small model favour
-high rates, so the defaults stay below the best of these.
+What `hf_cka.training.recovery.LEARNING_RATES` rests on; 2e-5 and 5e-5, meant for all weights, are what TRL and the
+Trainer take where none is given. Perplexity is that of held-out rows of the training text. Short runs on a small model
+favour high rates, so the defaults stay below the best of these.
 """
 
 from __future__ import annotations

@@ -141,8 +141,7 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     ]
     for group in grouped(rows):
         first = group[0]
-        cells = ["" if first["method"] == "dense" else f"{first['ratio']:.0%}", first["method"], first["stage"]]
-        cells += [f"{first['removed']:.1%}"]
+        cells = [*named(first), f"{first['removed']:.1%}"]
         cells += [cell([row[name] for row in group], "{:.1f}") for name in TEXTS]
         cells += [cell([100 * accuracy(row[name]) for row in group], "{:.1f}") for name in questions]
         cells += [f"{mean(row['seconds'] for row in group):.0f}" if first["stage"] != BEFORE else ""]
@@ -171,7 +170,7 @@ def gains(rows: list[dict[str, Any]], questions: Sequence[str]) -> list[str]:
             for name in questions
         }
         gained["both"] = [value for values in gained.values() for value in values]
-        cells = ["" if first["method"] == "dense" else f"{first['ratio']:.0%}", first["method"], first["stage"]]
+        cells = named(first)
         for values in gained.values():
             cells.append(f"{100 * mean(values):+.1f} ± {100 * math.sqrt(variance(values) / len(values)):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -195,6 +194,11 @@ def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for row in sorted(rows, key=lambda row: (row["ratio"], row["method"], STAGES.index(row["stage"]), row["seed"])):
         groups.setdefault((row["ratio"], row["method"], row["stage"]), []).append(row)
     return list(groups.values())
+
+
+def named(row: dict[str, Any]) -> list[str]:
+    """Return the cells that say which model a row is about."""
+    return ["" if row["method"] == "dense" else f"{row['ratio']:.0%}", row["method"], row["stage"]]
 
 
 def accuracy(answers: str) -> float:

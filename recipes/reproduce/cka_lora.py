@@ -126,14 +126,19 @@ def judge(
     write_report(paper, options, settings, table, claims, ("trainable", "layers", quality, "spread"))
 
 
-def with_adapters(model: Any, name: str, seed: int, batches: Callable[[], Any], **lora: Any) -> tuple[PeftModel, str]:
-    """Return the model with adapters in the layers of a variant, and the layers in words."""
+def with_adapters(
+    model: Any, name: str, seed: int, batches: Callable[[], Any], **lora: Any
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Return the model with adapters in the layers of a variant, and their parameters and the layers for its row."""
     criterion, ratio = VARIANTS[name]
     cka = criterion == "cka"
     selection = select_layers(
         model, batches() if cka else None, ratio, criterion=criterion, seed=seed, progress=False, paper=cka
     )
-    return get_peft_model(model, LoraConfig(**lora, **selection.lora_kwargs())), str(list(selection.layers))
+    adapted = get_peft_model(model, LoraConfig(**lora, **selection.lora_kwargs()))
+    # of the adapters alone: a classifier's head is trained in every variant
+    trainable = sum(p.numel() for key, p in adapted.named_parameters() if "lora_" in key)
+    return adapted, {"trainable": trainable, "layers": str(list(selection.layers))}
 
 
 def trained(options: Any, train: Any, test: Any, name: str, seed: int, steps: int) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def trained(options: Any, train: Any, test: Any, name: str, seed: int, steps: in
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=2, dtype=torch.float32)
     texts = [train[i]["sentence"] for i in range(min(1000, len(train)))]
-    adapted, layers = with_adapters(
+    adapted, row = with_adapters(
         model, name, seed, lambda: calibration(texts, tokenizer, 512, 128), r=8, lora_alpha=16, task_type="SEQ_CLS"
     )
 
@@ -169,7 +174,7 @@ def trained(options: Any, train: Any, test: Any, name: str, seed: int, steps: in
         trainer.train()
         answers = trainer.predict(encoded(test))
     accuracy = 100 * float((answers.predictions.argmax(-1) == answers.label_ids).mean())
-    return {"accuracy": accuracy, "trainable": adapted.num_parameters(only_trainable=True), "layers": layers}
+    return {**row, "accuracy": accuracy}
 
 
 if __name__ == "__main__":

@@ -23,12 +23,10 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_cka import calibration
-from hf_cka.cli.demo_assets import load_demo_model
 from hf_cka.data import load_rows
 from hf_cka.evaluation import completion_loss, evaluate
-from hf_cka.modeling.loading import load_model
 from recipes.reproduce.cka_lora import MEANING, judge, run_all, with_adapters
-from recipes.reproduce.common import Paper, parse
+from recipes.reproduce.common import Paper, open_model, parse
 
 PAPER = Paper(
     "cka_lora_decoder",
@@ -92,11 +90,8 @@ def mathematics(options: Any) -> Task:
 def trained(options: Any, task: Task, name: str, seed: int) -> dict[str, Any]:
     """Choose the layers, train, and measure."""
     set_seed(seed)
-    if options.model is None:
-        model, tokenizer, _ = load_demo_model()
-    else:
-        model, tokenizer = load_model(options.model, dtype="float32" if options.small else "bfloat16")
-    adapted, layers = with_adapters(
+    model, tokenizer = open_model(options)
+    adapted, row = with_adapters(
         model,
         name,
         seed,
@@ -106,7 +101,6 @@ def trained(options: Any, task: Task, name: str, seed: int) -> dict[str, Any]:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    trainable = adapted.num_parameters(only_trainable=True)
     with TemporaryDirectory() as folder:
         settings = SFTConfig(
             folder,
@@ -128,7 +122,6 @@ def trained(options: Any, task: Task, name: str, seed: int) -> dict[str, Any]:
         trainer = SFTTrainer(adapted, settings, train_dataset=task.train, processing_class=tokenizer)
         trainer.train()
     merged = trainer.model.merge_and_unload().eval()
-    row = {"trainable": trainable, "layers": layers}
     if options.small:
         return {**row, "held-out loss": completion_loss(merged, tokenizer, task.held_out, progress=False).value}
     metrics = evaluate(merged, ("gsm8k",), tokenizer=tokenizer).tasks[0].metrics

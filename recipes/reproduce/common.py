@@ -204,15 +204,20 @@ def settled(options: argparse.Namespace, full: Training, small: Training) -> Tra
     return training if options.steps is None else replace(training, steps=options.steps)
 
 
+def open_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Load the model of the command line and its tokenizer."""
+    if options.model is None:
+        model, tokenizer, _ = load_demo_model()
+        return model, tokenizer
+    return load_model(options.model, dtype="float32" if options.small else "bfloat16")
+
+
 def open_study(options: argparse.Namespace, length: int, *, train: str, prompts: str = "") -> Study:
     """Load model and data: local files with ``--small``, else the named data sets of the Hub.
 
     Training rows are cut at ``length`` tokens.
     """
-    if options.model is None:
-        model, tokenizer, _ = load_demo_model()
-    else:
-        model, tokenizer = load_model(options.model, dtype="float32" if options.small else "bfloat16")
+    model, tokenizer = open_model(options)
     if options.small:
         rows = json.loads((options.assets / "instruct" / "instruction_1100.json").read_text())
         data, source = Dataset.from_list(rows[:1000]), rows[1000:]
