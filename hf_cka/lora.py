@@ -68,6 +68,7 @@ class CKALoraConfig(LoraConfig):
         criterion: how layers are scored; see :func:`hf_cka.select_layers`.
         pooling: how a sequence becomes one vector; see :func:`hf_cka.select_layers`.
         paper: reproduce the paper; see :func:`hf_cka.select_layers`.
+        stack: where to choose; see :func:`hf_cka.select_layers`.
         selection_seed: of the criterion ``random``.
         selection_file: use the selection in this file if it is there, else write it there. A script that is started
             again to resume training then adapts the same layers without measuring again.
@@ -87,6 +88,7 @@ class CKALoraConfig(LoraConfig):
     criterion: str = field(default="cka", metadata={"help": "How layers are scored."})
     pooling: str = field(default="auto", metadata={"help": "How a sequence becomes one vector."})
     paper: bool = field(default=False, metadata={"help": "Reproduce arXiv 2602.05988."})
+    stack: str | None = field(default=None, metadata={"help": "Which stack of layers to choose in."})
     selection_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
     selection_file: str | None = field(default=None, metadata={"help": "Where the selection is kept between runs."})
     calibration: InitVar[Iterable[Batch] | None] = None
@@ -167,6 +169,7 @@ class CKALoraConfig(LoraConfig):
                 criterion=self.criterion,
                 pooling=self.pooling,
                 paper=self.paper,
+                stack=self.stack,
                 seed=self.selection_seed,
             )
         chosen = selection.lora_kwargs(self._wanted)
@@ -229,7 +232,7 @@ def _register() -> None:
 
 
 def _check_same_shape(selection: LayerSelection, model: nn.Module, file: str) -> None:
-    anatomy = find_anatomy(model)
+    anatomy = find_anatomy(model, selection.layers_path)
     model_type = str(getattr(anatomy.model.config, "model_type", ""))
     have = (model_type, anatomy.num_layers, anatomy.layers_path)
     stored = (selection.model_type, selection.num_hidden_layers, selection.layers_path)

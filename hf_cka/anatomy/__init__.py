@@ -1,10 +1,21 @@
-"""What a model is made of: where its layers, attention, MLP, projections and norms are.
+"""What a model is made of: stacks of layers, their branches (attention, MLP) and widths (heads, units), measured.
 
-One declarative entry per family, and a structural fallback for Llama-shaped families that are not in the table.
-Nothing here computes on data, reads weights, or depends on the class of a projection.
+A small random twin of the model is taken apart: what may go, and what must go with it, is seen and not listed.
+Nothing here computes on data, reads the model's weights, or decides what to remove.
 """
 
-from hf_cka.anatomy.families import FAMILIES, Family
-from hf_cka.anatomy.model import Anatomy, LayerSizes, find_anatomy
+from hf_cka.anatomy.model import OUTPUTS, Anatomy, LayerSizes, find_anatomy
+from hf_cka.anatomy.parts import Branch, Findings, Layer, Slice, Stack, Width
 
-__all__ = ["FAMILIES", "Anatomy", "Family", "LayerSizes", "find_anatomy"]
+__all__ = [
+    "OUTPUTS",
+    "Anatomy",
+    "Branch",
+    "Findings",
+    "Layer",
+    "LayerSizes",
+    "Slice",
+    "Stack",
+    "Width",
+    "find_anatomy",
+]

@@ -1,32 +1,43 @@
-"""Find the parts of one model: from the table of families, or from its structure."""
+"""The anatomy of one model: what was found out about its configuration, with the modules of the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hf_cka.anatomy.families import FAMILIES, LLAMA, Family
+import torch
+from torch import nn
+
+from hf_cka.anatomy.experiment import discover
+from hf_cka.anatomy.parts import Branch, Findings, Layer, Stack, Width
+from hf_cka.anatomy.twin import Twin, quiet
 from hf_cka.lookup import lookup
 
-if TYPE_CHECKING:
-    from torch import nn
-
-# What the structural fallback looks for in each layer.
-_LLAMA_SHAPE = tuple(LLAMA.projections.values())
-# Config fields of other families that hold one entry per layer; the fallback cuts them with the layers.
-_KNOWN_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "layer_rope_theta")
+#: role of the projection through which members reach the residual stream -> the kind of width
+OUTPUTS = {"o": "heads", "down": "units"}
+# Fields of a config that change nothing about what the model is made of.
+_PASSING = (
+    "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "label2id", "pruning", "transformers_version",
+    "use_cache", "torch_dtype", "_attn_implementation", "_attn_implementation_internal", "quantization_config",
+)  # fmt: skip
+# configuration -> what was found; and the twins of the last few, on which checkpoints are proved
+_FOUND: dict[str, Findings] = {}
+_TWINS: dict[str, Twin | None] = {}
+_KEPT_TWINS = 4
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one layer; 0 where the sub-layer was removed.
+    """Sizes of one layer; 0 where it has none of a kind.
 
     Attributes:
         num_heads: query heads.
-        num_kv_heads: key/value heads.
-        head_dim: width of one head.
-        intermediate_size: units of the MLP.
+        num_kv_heads: what goes together: KV groups, or the heads themselves.
+        head_dim: width of one head, as its output projection sees it.
+        intermediate_size: units.
     """
 
     num_heads: int
@@ -35,149 +46,160 @@ class LayerSizes:
     intermediate_size: int
 
 
-def _get(module: Any, path: str) -> Any:
-    """`module.a.b.0` by dotted path, through PEFT wrappers as well; None where it does not exist."""
-    for part in path.split("."):
-        module = getattr(module, part, None)
-        if module is None:
-            return None
-    return module
-
-
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one model.
+    """One stack of one model, and the way to its others.
 
     Attributes:
         model: the model that was handed in, unwrapped from PEFT, DDP and `torch.compile`.
-        family: the entry of the table, or the one made from the structure.
-        backbone: the module that turns `input_ids` into hidden states.
-        backbone_path: its dotted path in `model` ("" where the model is a bare backbone).
-        config: the config that describes the layers.
+        findings: all of its stacks.
+        stack: the one that this is about.
     """
 
     model: nn.Module
-    family: Family
-    backbone: nn.Module
-    backbone_path: str
-    config: Any
+    findings: Findings
+    stack: Stack
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All stacks of the model, the one with most parameters first."""
+        return self.findings.stacks
+
+    def on(self, stack: str) -> Anatomy:
+        """The same model seen from another of its stacks.
+
+        Args:
+            stack: its path, or any part of it that no other stack has.
+
+        Raises:
+            ValueError: if no stack, or more than one, is called so.
+        """
+        return replace(self, stack=stack_named(self.findings, stack, self.model))
 
     @property
     def kind(self) -> str:
         """ "decoder" or "encoder"."""
-        return self.family.kind
+        return self.stack.kind
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of the stock config of the layers."""
+        return model_type_of(self.config)
 
     @property
     def layers_path(self) -> str:
-        """Dotted path of the list of layers in `model`, e.g. "model.layers"."""
-        return ".".join(filter(None, (self.backbone_path, self.family.layers)))
+        """Dotted path of the container of layers in `model`, e.g. "model.layers"."""
+        return self.stack.path
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The list of layers."""
-        return _get(self.backbone, self.family.layers)
+    def layers(self) -> list[nn.Module]:
+        """The layers, in the order they run."""
+        return [self.model.get_submodule(layer.path) for layer in self.stack.layers]
 
     @property
     def num_layers(self) -> int:
-        """Number of layers the model has now."""
-        return len(self.layers)
+        """Number of layers the stack has now."""
+        return len(self.stack.layers)
 
     @property
-    def final_norm(self) -> nn.Module | None:
-        """The norm after the last layer, or None."""
-        return _get(self.backbone, self.family.final_norm) if self.family.final_norm else None
+    def backbone_path(self) -> str:
+        """Dotted path of the module whose output is the stack's; "" is the model."""
+        return self.stack.backbone
 
     @property
-    def embedding(self) -> nn.Module:
-        """The token embedding."""
-        return _get(self.backbone, self.family.embedding)
+    def backbone(self) -> nn.Module:
+        """The module whose output is the stack's, after its final norm."""
+        return self.model.get_submodule(self.stack.backbone)
+
+    @property
+    def config(self) -> Any:
+        """The config that describes the layers."""
+        return getattr(self.backbone, "config", None) or self.model.config
 
     @property
     def linear_names(self) -> tuple[str, ...]:
-        """Paths of all projections relative to the layer, attention first."""
-        return tuple(self.family.projections.values())
+        """Names of all projections of the layers, relative to the layer."""
+        return tuple(dict.fromkeys(n for layer in self.stack.layers for n in layer.linears))
 
     def layer(self, index: int) -> nn.Module:
         """Layer `index`."""
-        return self.layers[index]
+        return self.model.get_submodule(self.stack.layers[index].path)
 
     def layer_name(self, index: int) -> str:
         """Dotted path of layer `index` in `model`."""
-        return f"{self.layers_path}.{index}"
+        return self.stack.layers[index].path
 
     def skipped(self, index: int) -> tuple[str, ...]:
-        """The sub-layers ("attention", "mlp") that layer `index` no longer has."""
-        return tuple(getattr(_layer_config(self.config, index), "skip", None) or ())
+        """Names of the branches that layer `index` no longer has."""
+        return self.stack.layers[index].skipped
 
-    def attention(self, index: int) -> nn.Module | None:
-        """The attention module of layer `index`; None where it was removed."""
-        return None if "attention" in self.skipped(index) else _get(self.layer(index), self.family.attention)
+    def branch(self, index: int, name: str) -> Branch | None:
+        """The branch of that name in layer `index`, or None."""
+        return self.stack.layers[index].branch(name)
 
-    def mlp(self, index: int) -> nn.Module | None:
-        """The MLP module of layer `index`; None where it was removed or is several modules of the layer."""
-        if self.family.mlp is None or "mlp" in self.skipped(index):
-            return None
-        return _get(self.layer(index), self.family.mlp)
+    def width(self, index: int, name: str) -> Width | None:
+        """The width of that name in layer `index`, if its members can go; or None."""
+        width = self.stack.layers[index].width(name)
+        return None if width is None or width.reason else width
 
-    def projections(self, index: int) -> dict[str, str]:
-        """Role -> path relative to the layer, of the projections that layer `index` has."""
-        skipped = self.skipped(index)
-        gone = {r for r in self.family.projections if ("mlp" if r in _MLP_ROLES else "attention") in skipped}
-        return {role: path for role, path in self.family.projections.items() if role not in gone}
+    def outputs(self, index: int) -> dict[str, Width]:
+        """The widths of layer `index` that can be narrowed, by the role of their output: "o" (heads), "down" (units)."""
+        return {role: w for role, kind in OUTPUTS.items() if (w := self.width(index, kind)) is not None}
 
     def sizes(self, index: int) -> LayerSizes:
-        """Sizes of layer `index`, from the config (a quantized weight does not show its shape)."""
-        return config_sizes(self.family, self.config, index)
+        """Sizes of layer `index`."""
+        heads, units = (self.width(index, kind) for kind in OUTPUTS.values())
+        return LayerSizes(
+            num_heads=heads.members * heads.heads if heads else 0,
+            num_kv_heads=heads.members if heads else 0,
+            head_dim=heads.output.block // heads.heads if heads else 0,
+            intermediate_size=units.members if units else 0,
+        )
+
+    def table(self) -> str:
+        """Stacks, layers, branches and widths, what can be removed and why not where not, as text."""
+        lines = [f"{type(self.model).__name__} ({self.model_type}), tried on {', '.join(self.findings.inputs) or 'nothing'}"]
+        for stack in self.stacks:
+            mark = "  (default)" if stack.path == self.stack.path else ""
+            lines.append(f"\n{stack.path}: {len(stack.layers)} layers, {stack.kind}, {stack.parameters:,} parameters{mark}")
+            lines += _rows(stack.layers)
+        lines += [f"\nnot seen: {name} (no input of the experiment reached it)" for name in self.findings.unseen]
+        lines += [f"\n{note}" for note in self.findings.notes]
+        return "\n".join(lines)
 
 
-_MLP_ROLES = frozenset({"gate", "up", "gate_up", "down"})
+def _rows(layers: Iterable[Layer]) -> list[str]:
+    """One line per run of layers that are alike."""
+    runs: list[tuple[list[str], Layer]] = []
+    for layer in layers:
+        name = layer.path.rpartition(".")[2]
+        if runs and replace(runs[-1][1], path="") == replace(layer, path=""):
+            runs[-1][0].append(name)
+        else:
+            runs.append(([name], layer))
+    lines = []
+    for names, layer in runs:
+        which = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
+        lines.append(f"  layer {which}: " + (f"stays ({layer.reason})" if layer.reason else "removable"))
+        for branch in layer.branches:
+            state = f"stays ({branch.reason})" if branch.reason else "is the layer" if layer.single else "removable"
+            lines.append(f"    {branch.name} ({branch.label}): {state}")
+            for width in layer.widths:
+                if width.branch == branch.name:
+                    note = f"stay ({width.reason})" if width.reason else "" if width.exact else "a norm spans them"
+                    lines.append(f"      {width.name}: {width.members}" + (f", {note}" if note else ""))
+    return lines
 
 
-def _layer_config(config: Any, index: int) -> Any:
-    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
-
-
-def config_sizes(family: Family, config: Any, index: int) -> LayerSizes:
-    """Return the sizes of layer `index` that a config describes.
-
-    Args:
-        family: the entry of the table.
-        config: the config of the layers.
-        index: which layer.
-
-    Example:
-        >>> from transformers import LlamaConfig
-        >>> config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
-        >>> config_sizes(FAMILIES["llama"], config, 0)
-        LayerSizes(num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48)
-    """
-    layer = _layer_config(config, index)
-    skipped = getattr(layer, "skip", None) or ()
-    heads = getattr(layer, family.heads)
-    head_dim = getattr(config, family.head_dim, None) if family.head_dim else None
-    if head_dim is None:
-        # the width of a head comes from the head count the model was built with, which stays in the global field
-        head_dim = config.hidden_size // config._getattr_without_heterogeneous_validation(family.heads)
-    kv_heads = getattr(layer, family.kv_heads, None) if family.kv_heads else None
-    units = getattr(layer, family.intermediate)
-    units = 4 * config.hidden_size if units is None else units  # gpt2 leaves n_inner out
-    return LayerSizes(
-        num_heads=0 if "attention" in skipped else heads,
-        num_kv_heads=0 if "attention" in skipped else (kv_heads if kv_heads is not None else heads),
-        head_dim=head_dim,
-        intermediate_size=0 if "mlp" in skipped else units,
-    )
-
-
-def find_anatomy(model: nn.Module) -> Anatomy:
-    """Find where a model keeps its layers, attention, MLP, projections and norms.
+def find_anatomy(model: nn.Module, stack: str | None = None) -> Anatomy:
+    """Find out what a model is made of, by experiments on a small random twin; the model is not run or changed.
 
     Args:
         model: a `PreTrainedModel` with any head, a bare backbone, or either inside PEFT, DDP or `torch.compile`.
+        stack: the stack to look from, by path or part of one; by default the one with most parameters.
 
     Raises:
-        ValueError: if no layers are recognised, or more than one tower has some; the message says what was looked
-            for and which families are known.
+        ValueError: if the model has no stack of layers, or none of that name.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -185,53 +207,121 @@ def find_anatomy(model: nn.Module) -> Anatomy:
         ...     num_hidden_layers=2, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
         ... )
         >>> anatomy = find_anatomy(LlamaForCausalLM(config))
-        >>> anatomy.layers_path, anatomy.num_layers
-        ('model.layers', 2)
-        >>> anatomy.linear_names[:2]
-        ('self_attn.q_proj', 'self_attn.k_proj')
+        >>> anatomy.layers_path, anatomy.num_layers, anatomy.kind
+        ('model.layers', 2, 'decoder')
+        >>> [(b.name, b.module) for b in anatomy.stack.layers[0].branches]
+        [('attention', 'self_attn'), ('mlp', 'mlp')]
+        >>> anatomy.sizes(0)
+        LayerSizes(num_heads=2, num_kv_heads=2, head_dim=4, intermediate_size=16)
     """
     model = unwrap(model)
-    found: list[Anatomy] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{a.backbone_path}." if a.backbone_path else "") for a in found):
-            continue  # inside a tower that is already known
-        config = getattr(module, "config", None)
-        family = FAMILIES.get(_family_name(config)) if config is not None else None
-        if family is not None and _resolves(module, family):
-            found.append(Anatomy(model, _variant(family, config), module, path, config))
-    if not found:
-        found = list(_by_structure(model))
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if getattr(model, "config", None) is None:
+        raise ValueError(f"{type(model).__name__} has no config; hand in a model of transformers.")
+    findings = findings_of(type(model), model.config, model)
+    if not findings.stacks:
         raise ValueError(
-            f"{type(model).__name__} has layers in {len(found)} towers: "
-            + ", ".join(f"{a.backbone_path!r} ({a.family.name})" for a in found)
-            + ". Pass one of these modules instead of the whole model."
+            f"No stack of layers was found in {type(model).__name__} (model_type {model_type_of(model.config)!r}): no "
+            "container of modules hands a residual stream from one to the next. "
+            + " ".join(findings.notes)
         )
-    raise ValueError(
-        f"No layers were recognised in {type(model).__name__} (model_type "
-        f"{getattr(getattr(model, 'config', None), 'model_type', None)!r}). Looked for the families "
-        f"{', '.join(sorted(FAMILIES))}, and for a ModuleList whose layers all have {', '.join(_LLAMA_SHAPE)}. "
-        "To support another family, add an entry to hf_cka/anatomy/families.py."
-    )
+    chosen = findings.stacks[0] if stack is None else stack_named(findings, stack, model)
+    return Anatomy(model, findings, chosen)
 
 
-def family_of_config(config: Any) -> Family:
-    """Return the entry for a config, where there is no model to look at.
-
-    Args:
-        config: the config of the layers (for a model with several towers, that of the text model).
+def stack_named(findings: Findings, name: str, model: nn.Module) -> Stack:
+    """Return the stack whose path is, or alone contains, a name.
 
     Raises:
-        ValueError: if the family is not in the table.
-
-    Example:
-        >>> from transformers import BertConfig
-        >>> family_of_config(BertConfig()).kind
-        'encoder'
+        ValueError: if there is none, or more than one; with the names there are.
     """
-    return _variant(lookup(FAMILIES, _family_name(config), "family"), config)
+    exact = [s for s in findings.stacks if s.path == name]
+    fitting = exact or [s for s in findings.stacks if name in s.path]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(f"stack={name!r} could be {', '.join(repr(s.path) for s in fitting)}; give more of the name.")
+    paths = {s.path: s for s in findings.stacks}
+    unseen = [n for n in findings.unseen if name in n]
+    if unseen:
+        raise ValueError(
+            f"Nothing is known about {unseen[0]!r} of {type(model).__name__}: no input of the experiment reached it."
+        )
+    return lookup(paths, name, "stack")
+
+
+def findings_of(cls: type, config: Any, model: nn.Module | None = None) -> Findings:
+    """Return what is known about a class and a configuration; found out the first time it is asked for.
+
+    Args:
+        cls: of the model, stock or pruned.
+        config: of the model.
+        model: looked at where the class cannot be built from the config.
+    """
+    key = _key(cls, config)
+    if key not in _FOUND:
+        structure = config.__dict__.get("hf_cka")
+        stock = getattr(cls, "stock_class", cls)
+        if structure:
+            _FOUND[key] = findings_of(stock, dense_config(config)).without(structure)
+        else:
+            remember(cls, config, *discover(_reference(stock, config, model)))
+    return _FOUND[key]
+
+
+def twin_of(cls: type, config: Any) -> Twin | None:
+    """Return the twin of a stock class and configuration, or None where none could be run."""
+    key = _key(cls, config)
+    if key not in _TWINS:
+        _FOUND.pop(key, None)
+        findings_of(cls, config)
+    return _TWINS.get(key)
+
+
+def remember(cls: type, config: Any, findings: Findings, twin: Twin | None = None) -> None:
+    """Keep what is known about a class and a configuration, so that it need not be found out."""
+    key = _key(cls, config)
+    _FOUND[key] = findings
+    if twin is not None:
+        _TWINS[key] = twin
+        while len(_TWINS) > _KEPT_TWINS:
+            _TWINS.pop(next(iter(_TWINS)))
+
+
+def _reference(stock: Any, config: Any, model: nn.Module | None) -> nn.Module:
+    """The shapes of the dense model, without its weights."""
+    try:
+        with quiet(), torch.device("meta"):
+            return stock._from_config(copy.deepcopy(config))
+    except Exception:
+        if model is None:
+            raise
+        return model
+
+
+def dense_config(config: Any) -> Any:
+    """The stock config that a pruned one was made from.
+
+    Args:
+        config: of a pruned model; others are returned as they are.
+    """
+    stock = getattr(type(config), "stock_class", None)
+    if stock is None:
+        return config
+    dense = copy.deepcopy(config)
+    dense.__class__ = stock
+    for name in ("hf_cka", "base_model_type", "auto_map"):
+        dense.__dict__.pop(name, None)
+    return dense
+
+
+def _key(cls: type, config: Any) -> str:
+    fields = {k: v for k, v in config.to_dict().items() if k not in _PASSING}
+    return f"{cls.__name__}{json.dumps(fields, sort_keys=True, default=str)}"
+
+
+def model_type_of(config: Any) -> str:
+    """The `model_type`, or that of the stock model a pruned one was made from."""
+    return str(getattr(config, "base_model_type", None) or getattr(config, "model_type", ""))
 
 
 def unwrap(model: nn.Module, keep_adapters: bool = False) -> nn.Module:
@@ -260,73 +350,4 @@ def unwrap(model: nn.Module, keep_adapters: bool = False) -> nn.Module:
             return model
 
 
-def _family_name(config: Any) -> str:
-    """The `model_type`, or that of the stock model a pruned one was made from."""
-    return str(getattr(config, "base_model_type", None) or getattr(config, "model_type", ""))
 
-
-def _resolves(module: nn.Module, family: Family) -> bool:
-    layers = _get(module, family.layers)
-    return layers is not None and len(layers) > 0 and _get(module, family.embedding) is not None
-
-
-def _variant(family: Family, config: Any) -> Family:
-    """The entry adjusted to a setting of the config that moves parts."""
-    if family.name == "opt" and not config.do_layer_norm_before:
-        # opt-350m normalises after the residual sum
-        norms = family.attention_norms + family.mlp_norms
-        return replace(family, attention_norms=(), mlp_norms=(), stream_norms=norms, final_norm=None)
-    if family.name == "phi" and config.qk_layernorm:
-        return replace(family, head_dim=None)  # these norms are built hidden_size / heads wide
-    return family
-
-
-def _by_structure(model: nn.Module) -> Iterator[Anatomy]:
-    """Towers that are shaped like Llama although their family is not in the table."""
-    from torch import nn
-
-    for path, module in model.named_modules():
-        layers = getattr(module, "layers", None)
-        config = getattr(module, "config", None)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or config is None:
-            continue
-        alike = all(_get(layer, name) is not None for layer in layers for name in _LLAMA_SHAPE)
-        if not alike or len({type(layer) for layer in layers}) > 1 or _get(module, LLAMA.embedding) is None:
-            continue
-        first = layers[0]
-        norms = tuple(name for name, child in first.named_children() if "norm" in name.lower())
-        attention_norms, mlp_norms = _branch_norms(norms)
-        head_norms = tuple(p for p in ("self_attn.q_norm", "self_attn.k_norm") if _get(first, p) is not None)
-        family = replace(
-            LLAMA,
-            name=config.model_type,
-            attention_norms=attention_norms,
-            mlp_norms=mlp_norms,
-            stream_norms=tuple(n for n in norms if n not in attention_norms + mlp_norms),
-            query_key_norms=head_norms,
-            norm_scope=_norm_scope(first, head_norms, config),
-            final_norm="norm" if getattr(module, "norm", None) is not None else None,
-            head_dim="head_dim" if getattr(config, "head_dim", None) is not None else None,
-            layer_lists=tuple(
-                name
-                for name in _KNOWN_LAYER_LISTS
-                if isinstance(getattr(config, name, None), list) and len(getattr(config, name)) == len(layers)
-            ),
-        )
-        yield Anatomy(model, family, module, path, config)
-
-
-def _branch_norms(norms: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which norms belong to which branch, by the three naming schemes in use."""
-    for scheme in (FAMILIES["gemma2"], FAMILIES["olmo2"], LLAMA):
-        if set(scheme.attention_norms + scheme.mlp_norms) == set(norms):
-            return scheme.attention_norms, scheme.mlp_norms
-    return (), ()
-
-
-def _norm_scope(layer: nn.Module, paths: tuple[str, ...], config: Any) -> Any:
-    if not paths:
-        return None
-    weight = _get(layer, f"{paths[0]}.weight")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return "head" if weight is None or weight.shape[-1] == head_dim else "all"

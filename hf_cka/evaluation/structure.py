@@ -83,7 +83,7 @@ def layer_strip(name: str, model: Any) -> Strip:
 
 
 def _plan(config: Any) -> Any:
-    from hf_cka.pruning.plan import PruningPlan
+    from hf_cka.modeling.plan import PruningPlan
 
     record = getattr(config, "pruning", None)
     return PruningPlan.from_dict(record["plan"]) if record else None

@@ -11,7 +11,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from hf_cka.modeling.loading import weight_files
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 
 SCORES_FILE = "pruning_scores.json"
 _FORMAT = 1

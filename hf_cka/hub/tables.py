@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_cka.hub.facts import Facts
 from hf_cka.pruning.history import PruningHistory
-from hf_cka.pruning.plan import as_ranges
+from hf_cka.modeling.plan import as_ranges
 
 _PER_ROW = 60  # layers in one row of the picture
 _LEVELS = "▁▂▃▄▅▆▇"

@@ -11,9 +11,8 @@ from typing import Any
 
 _PUBLIC = {
     "CheckpointError": "checkpoint",
-    "LayerShape": "structure",
     "Rung": "structure",
-    "layer_shapes": "structure",
+    "rung_for": "structure",
     "load_adapter": "adapters",
     "load_pruned": "checkpoint",
     "rung_of": "structure",

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_cka.anatomy import Anatomy, find_anatomy
+from hf_cka.modeling import modeling_hf_cka as code
+from hf_cka.modeling.plan import PruningPlan
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -44,7 +46,7 @@ def load_adapter(
     from peft import PeftModel
 
     anatomy = find_anatomy(model)
-    record = getattr(anatomy.config, "pruning", None) or {}
+    record = getattr(anatomy.model.config, "pruning", None) or {}
     if "plan" not in record:
         raise ValueError(
             f"{type(anatomy.model).__name__} has no pruning record; load the adapter with PeftModel.from_pretrained."
@@ -82,8 +84,7 @@ def translate_adapter(
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists. Choose a new folder.")
     anatomy = find_anatomy(model)
-    plan = anatomy.config.pruning["plan"]
-    names = _Names(anatomy, plan)
+    names = _Names(anatomy, PruningPlan.from_dict(anatomy.model.config.pruning["plan"]))
     tensors = load_file(source / _WEIGHTS)
     kept = {new: value for name, value in tensors.items() if (new := names.tensor(name)) is not None}
     dropped = [name for name in tensors if names.tensor(name) is None]
@@ -105,7 +106,7 @@ def _trained_on(anatomy: Anatomy, record: Mapping[str, Any], adapter: Path) -> L
 
     with safe_open(adapter / _WEIGHTS, framework="pt") as file:
         layers = {int(i) for name in file.keys() for i in re.findall(_layer_pattern(anatomy), name)}  # noqa: SIM118
-    if layers and max(layers) >= anatomy.num_layers:
+    if layers and max(layers) >= max(_numbers(anatomy)) + 1:
         return "dense"
     base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
     own, dense = _name(anatomy.model), str(record.get("base_model") or "")
@@ -130,6 +131,10 @@ def _last(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
+def _numbers(anatomy: Anatomy) -> list[int]:
+    return [int(layer.path.rpartition(".")[2]) for layer in anatomy.stack.layers]
+
+
 def _layer_pattern(anatomy: Anatomy) -> str:
     return rf"(?<=\b{re.escape(anatomy.layers_path.rpartition('.')[2])}\.)(\d+)(?=\.|$)"
 
@@ -137,20 +142,12 @@ def _layer_pattern(anatomy: Anatomy) -> str:
 class _Names:
     """Translates names that hold a layer number from the dense model to the pruned one."""
 
-    def __init__(self, anatomy: Anatomy, plan: Mapping[str, Any]) -> None:
-        self.anatomy = anatomy
-        removed = set(plan["removed_layers"])
-        kept = [i for i in range(plan["num_layers"]) if i not in removed]
-        # a layer that lost both sub-layers, in two plans, is gone as well
-        both = set(plan["removed_attention"]) & set(plan["removed_mlp"])
-        if len(kept) != anatomy.num_layers:
-            kept = [i for i in kept if i not in both]
-        self.new = {old: new for new, old in enumerate(kept)}
-        self.gone = {"attention": set(plan["removed_attention"]), "mlp": set(plan["removed_mlp"])}
-        self.narrow = {
-            "attention": {int(i) for i in plan["kept_groups"]},
-            "mlp": {int(i) for i in plan["kept_units"]},
-        }
+    def __init__(self, anatomy: Anatomy, plan: PruningPlan) -> None:
+        self.anatomy, self.plan = anatomy, plan
+        names = [layer.path.rpartition(".")[2] for layer in anatomy.stack.layers]
+        self.new = {old: int(names[new]) for new, old in enumerate(plan.kept_layers)}
+        self.at = {old: new for new, old in enumerate(plan.kept_layers)}
+        self.narrow = {i for table in plan.kept.values() for i in table}
 
     def tensor(self, name: str) -> str | None:
         """The new name, or None where the module is gone."""
@@ -160,17 +157,26 @@ class _Names:
         old = int(match.group(1))
         if old not in self.new:
             return None
-        for role, path in self.anatomy.family.projections.items():
-            if f".{path}." in name[match.end() :] + ".":
-                which = "mlp" if role in ("gate", "up", "gate_up", "down") else "attention"
-                if old in self.gone[which]:
-                    return None
-                if old in self.narrow[which]:
+        layer = self.anatomy.stack.layers[self.at[old]]
+        inner = name[match.end() + 1 :]
+        module = self.anatomy.model.get_submodule(layer.path)
+        for part in inner.split("."):
+            module = getattr(module, part, None)  # type: ignore[assignment]
+            if isinstance(module, code.Removed) or module is None:
+                break
+        if isinstance(module, code.Removed):
+            return None
+        if old in self.narrow:
+            for width in layer.widths:
+                if any(f"{inner}.".startswith(f"{s.module}.") for s in width.slices) and self._narrowed(old, width.name):
                     raise ValueError(
                         f"The adapter changes {name!r}, whose width was pruned. Merge the adapter into the dense model "
                         "and prune the result, or train it again."
                     )
         return f"{name[: match.start()]}{self.new[old]}{name[match.end() :]}"
+
+    def _narrowed(self, old: int, width: str) -> bool:
+        return old in self.plan.kept.get(width, {})
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The adapter's config with every layer number translated."""

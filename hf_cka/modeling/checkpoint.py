@@ -16,9 +16,9 @@ import torch
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.data import public_name
-from hf_cka.modeling.probe import align, first_output
-from hf_cka.modeling.structure import Rung, layer_shapes, relabelled_config, rung_of
-from hf_cka.modeling.verification import Verification, probe_inputs, verify_many
+from hf_cka.modeling.probe import align
+from hf_cka.modeling.structure import Rung, relabelled_config, rung_of
+from hf_cka.modeling.verification import Verification, inputs_for, verify_many
 
 SCORES_FILE = "pruning_scores.json"
 _RECORD_FIELDS = ("method", "settings", "calibration", "base_model", "base_revision", "recovery")
@@ -110,14 +110,13 @@ def save_pruned(
         raise ValueError(f"Unknown fields {unknown} in record; it may hold {', '.join(_RECORD_FIELDS)}.")
     _check_target(target, overwrite)
     _check_space(model, target)
-    nested = anatomy.config is not inner.config
-    rung = Rung("stock", inner.config.model_type) if nested else rung_of(anatomy.family, anatomy.config)
+    rung = rung_of(inner)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         work.chmod(0o777 & ~_umask())
-        to_save = _relabelled(model, anatomy) if rung.name == "relabel" else model
+        to_save = _relabelled(model) if rung.name == "relabel" else model
         with _pruning_record(to_save.config, model, anatomy, record or {}):
             to_save.save_pretrained(work, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -226,7 +225,7 @@ def _move_into_place(work: Path, target: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def _relabelled(model: Any, anatomy: Any) -> Any:
+def _relabelled(model: Any) -> Any:
     """The same weights in the Mistral class of the same head."""
     import transformers
 
@@ -235,7 +234,7 @@ def _relabelled(model: Any, anatomy: Any) -> Any:
     if other is None:
         raise ValueError(f"There is no Mistral class for {stock}; save the model with a head that has one.")
     with torch.device("meta"):
-        relabelled = other(relabelled_config(anatomy.family, anatomy.config))
+        relabelled = other(relabelled_config(model))
     relabelled.load_state_dict(model.state_dict(), strict=True, assign=True)
     relabelled.tie_weights()
     # buffers that are computed, not stored, are still on the meta device; only the weights are saved
@@ -256,16 +255,16 @@ class _pruning_record:
         revision = (
             record.get("base_revision") or old.get("base_revision") or getattr(model.config, "_commit_hash", None)
         )
-        shapes = layer_shapes(anatomy.family, anatomy.config)
+        sizes = [anatomy.sizes(i) for i in range(anatomy.num_layers)]
         new = {
-            "format_version": 1,
+            "format_version": 2,
             **old,
             **record,
             "base_model": base,
             "base_revision": revision,
             "widths_after": {
-                "num_key_value_heads": [shape.num_kv_heads for shape in shapes],
-                "intermediate_size": [shape.intermediate_size for shape in shapes],
+                "num_key_value_heads": [size.num_kv_heads for size in sizes],
+                "intermediate_size": [size.intermediate_size for size in sizes],
             },
             "parameters_after": sum(p.numel() for p in model.parameters()),
         }
@@ -296,13 +295,13 @@ def _verify_against(model: Any, work: Path) -> Verification:
     align(model)
     rounded = _restore_buffers(model)
     try:
-        logits = first_output(model, probe_inputs(json.loads((work / "config.json").read_text()))).cpu()
+        inputs, logits = inputs_for(model, json.loads((work / "config.json").read_text()))
     finally:
         model.train(training)
         for module, name, buffer in rounded:
             setattr(module, name, buffer)
     attention = getattr(model.config, "_attn_implementation", None)
-    return verify_many([work], device=device, expected={0: logits}, attention=attention)[0]
+    return verify_many([work], device=device, expected={0: logits}, attention=attention, inputs={0: [inputs]})[0]
 
 
 def _restore_buffers(model: Any) -> list[tuple[Any, str, torch.Tensor]]:

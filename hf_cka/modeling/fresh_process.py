@@ -34,6 +34,7 @@ def run_fresh(arguments: Sequence[str], what: str, environment: Mapping[str, str
     done = subprocess.run(
         [sys.executable, "-P", *arguments],  # -P: no module is taken from the folder it happens to run in
         env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,  # a child never asks at the terminal
         capture_output=True,
         text=True,
         check=False,

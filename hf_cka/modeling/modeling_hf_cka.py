@@ -1,13 +1,25 @@
-"""Models whose layers differ: removed attention or MLP, fewer KV groups or MLP units in some layers.
+"""Models of which parts were removed: layers, branches of layers, heads, units, experts or channels.
 
 This file needs torch and transformers only, so that it can travel with a checkpoint: transformers runs it with
 `trust_remote_code=True` where the hf_cka package is not installed. It makes, for any stock class `XForCausalLM`, the
-class `PrunedXForCausalLM`: the stock model is built at the sizes of the global config (on the meta device while
-loading, so that costs nothing), then every layer is cut to `config.per_layer_config[i]`. Where the parts of a layer
-are is in the config too (`hf_cka_layout`), so that this file knows no family.
+class `PrunedXForCausalLM`: the stock model is built from its own, untouched config (on the meta device while loading,
+so that costs nothing), then the parts that `config.hf_cka` names are taken out. That entry is data and is checked
+against the model before anything is done: it chooses among the model's own modules, parameters and sizes.
+
+    {"version": 2,
+     "removed": [{"module": "model.layers.3", "kind": "layer", "returns": ["stream", null]}, ...],
+     "narrowed": [{"members": 8, "slices": [["self_attn.q_proj.weight", 0, [[0, 16]]], ...],
+                   "attributes": [["self_attn", "num_heads", 1], ...], "inputs": [["self_attn", "position_bias", 1, 1], ...],
+                   "kept": {"model.layers.0": "0-2,5", ...}}, ...],
+     "uncached": [3]}
+
+A slice is a parameter, an axis, and segments (start, block): member m owns `block` indices from `start + m * block`.
+An attribute is a module, the name of a whole number that it has, what one member counts there, and positions where
+it is a list. An input is a module, an argument, an axis of it, and how many indices of that axis one member owns.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,38 +34,50 @@ from transformers.utils import output_capturing
 
 MODEL_TYPE = "hf_cka"
 PREFIX = "Pruned"
-
-# the auto classes that can load a pruned checkpoint
-_HEADS = {
-    "AutoModel": "MODEL_MAPPING",
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-}
+VERSION = 2
+_MOST = 10_000_000  # members of one width: more is no width of a model, but would fill the memory
 
 
 # ---- what stands where a part was removed (no class here may be named *Attention*: transformers reads this source
 # to decide whether the attention implementation can be switched) ----
 
 
-class Zeros(nn.Module):
-    """Stands for a branch that was removed: it adds nothing to the residual stream."""
+class Removed(nn.Module):
+    """Stands where a module was: a layer hands its input on, a branch adds nothing.
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
+    Args:
+        kind: "layer" (gives its input) or "branch" (gives zeros of that shape).
+        returns: None for a bare tensor, else one entry per element of the tuple that the module returned: "stream"
+            for its main output, the name of the argument that it handed through, or None.
+        arguments: names of the arguments of the module that was here, in order.
+    """
+
+    def __init__(self, kind: str, returns: Sequence[str | None] | None, arguments: Sequence[str]) -> None:
+        super().__init__()
+        self.kind, self.returns, self.arguments = kind, returns, tuple(arguments)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        stream = main_input(args, kwargs)
+        if self.kind != "layer":
+            stream = torch.zeros_like(stream)
+        if self.returns is None:
+            return stream
+        return tuple(stream if name == "stream" else given.get(name) for name in self.returns)
 
 
-class NoMixing(nn.Module):
-    """Stands for an attention module that was removed; it writes nothing to the KV cache."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+def main_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a module: the named ones, or the first floating-point tensor."""
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        return kwargs["hidden_states"]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    raise TypeError("A removed part was called without hidden states.")
 
 
 class LayerConfig:
-    """The shared config as one layer sees it: some values are the layer's own, the rest follows the shared one."""
+    """The shared config as one module sees it: some values are its own, the rest follows the shared one."""
 
     def __init__(self, shared: Any, **own: Any) -> None:
         self.__dict__.update(own, _shared=shared)
@@ -64,222 +88,296 @@ class LayerConfig:
         return getattr(self._shared, name)
 
 
-# ---- cutting one layer ----
+class _Selected:
+    """Narrows an argument that holds a slice per member (a position bias per head) before a module gets it.
+
+    Where the module hands that argument on, it hands on the whole.
+    """
+
+    def __init__(self, argument: str, position: int, axis: int, each: int, members: int, kept: Sequence[int]) -> None:
+        self.argument, self.position, self.axis, self.each = argument, position, axis, each
+        self.members, self.kept = members, list(kept)
+        self.whole: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(kwargs.get(self.argument), torch.Tensor):
+            return args, {**kwargs, self.argument: self._narrow(kwargs[self.argument])}
+        if len(args) > self.position and isinstance(args[self.position], torch.Tensor):
+            return (*args[: self.position], self._narrow(args[self.position]), *args[self.position + 1 :]), kwargs
+        return None
+
+    def restore(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = kwargs.get(self.argument, args[self.position] if len(args) > self.position else None)
+        if not isinstance(output, tuple) or not isinstance(given, torch.Tensor) or self.whole is None:
+            return None
+        whole, self.whole = self.whole, None
+        return tuple(whole if value is given else value for value in output)
+
+    def _narrow(self, value: torch.Tensor) -> torch.Tensor:
+        if value.ndim <= self.axis or value.shape[self.axis] % (self.members * self.each):
+            return value
+        self.whole = value
+        # an axis may hold (batch, member): the members are its inner part
+        apart = value.unflatten(self.axis, (-1, self.members, self.each))
+        index = torch.tensor(self.kept, device=value.device)
+        return apart.index_select(self.axis + 1, index).flatten(self.axis, self.axis + 2)
+
+
+# ---- the primitives of surgery ----
+
+
+def numbers(text: str, most: int) -> list[int]:
+    """Read ascending numbers below `most` from text like "0-2,5"."""
+    found: list[int] = []
+    for run in filter(None, str(text).split(",")):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", run)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not (found[-1] if found else -1) < first <= last < most:
+            raise ValueError(f"{run!r} in {str(text)[:60]!r} is no ascending range of numbers below {most}.")
+        found += range(first, last + 1)
+    return found
+
+
+def as_ranges(indices: Sequence[int]) -> str:
+    """Write ascending numbers as text that `numbers` reads: thousands of units would fill a config file otherwise."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def places(segments: Sequence[Sequence[int]], members: Sequence[int]) -> torch.Tensor:
+    """Where the given members lie along an axis, ascending within each segment.
+
+    Args:
+        segments: (start, block) pairs.
+        members: which.
+    """
+    which = torch.tensor(list(members), dtype=torch.long, device="cpu")
+    parts = []
+    for start, block in segments:
+        parts.append((start + which[:, None] * block + torch.arange(block, device="cpu")[None, :]).reshape(-1))
+    return torch.cat(parts)
+
+
+def left_of(size: int, segments: Sequence[Sequence[int]], members: int, kept: Sequence[int]) -> torch.Tensor:
+    """The indices of an axis that stay when only some members do; what belongs to no member stays too."""
+    gone = torch.zeros(size, dtype=torch.bool, device="cpu")
+    stay = set(kept)
+    gone[places(segments, [m for m in range(members) if m not in stay])] = True
+    return (~gone).nonzero().flatten()
+
+
+def take(module: Any, name: str, axis: int, index: torch.Tensor) -> None:
+    """Keep the given indices of one axis of a module's parameter or buffer, and say so in what the module knows.
+
+    Args:
+        module: changed in place.
+        name: of the parameter.
+        axis: along which.
+        index: what stays, ascending.
+    """
+    old = getattr(module, name)
+    kept = old.detach().index_select(axis, index.to(old.device)).contiguous()
+    if isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
+    else:
+        setattr(module, name, kept)
+    if name != "weight":
+        return
+    rows = tuple(kept.shape)
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = rows
+    elif kind == "Conv1D":
+        module.nx, module.nf = rows
+    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        if axis == 0 and module.groups == module.out_channels == module.in_channels:  # one filter per channel
+            module.groups = module.in_channels = rows[0]
+        elif axis == 1:
+            module.in_channels = rows[1] * module.groups
+        module.out_channels = rows[0]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = rows[0]
+        for statistic in ("running_mean", "running_var"):
+            if getattr(module, statistic, None) is not None:
+                take(module, statistic, 0, index)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = rows
+    elif isinstance(getattr(module, "normalized_shape", None), tuple):
+        module.normalized_shape = rows
+    for size in ("out_features", "in_features"):  # a subclass of nn.Module that names its sizes as nn.Linear does
+        if not isinstance(module, nn.Linear) and len(rows) == 2 and isinstance(getattr(module, size, None), int):
+            setattr(module, size, rows[0 if size == "out_features" else 1])
 
 
 def part(module: Any, path: str) -> Any:
-    """`module.a.b` by dotted path, or None."""
-    for name in path.split("."):
+    """`module.a.b.0` by dotted path, or None; "" is the module itself."""
+    for name in filter(None, path.split(".")):
         module = getattr(module, name, None)
-        if module is None:
+        if not isinstance(module, nn.Module):
             return None
     return module
 
 
-def _replace(layer: nn.Module, path: str, module: nn.Module) -> None:
-    if part(layer, path) is None:
-        return
-    parent, _, name = path.rpartition(".")
-    setattr(part(layer, parent) if parent else layer, name, module)
-
-
-def keep(module: Any, index: torch.Tensor, outputs: bool, transposed: bool) -> None:
-    """Keep the given outputs (or inputs) of a projection or a norm, as new parameters.
-
-    Args:
-        module: changed in place.
-        index: which outputs or inputs stay, ascending.
-        outputs: whether these are outputs.
-        transposed: whether weights are stored as (in, out).
-    """
-    for name in ("weight", "bias"):
-        old = getattr(module, name, None)
-        if old is None or (name == "bias" and not outputs):
-            continue
-        axis = 0 if old.ndim == 1 or outputs != transposed else 1
-        kept = old.detach().index_select(axis, index.to(old.device)).contiguous()
-        setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
-    for name in ("out_features", "nf") if outputs else ("in_features", "nx"):
-        if hasattr(module, name):
-            setattr(module, name, len(index))
-
-
-def _span(units: Sequence[int], width: int, start: int = 0) -> torch.Tensor:
-    """Rows of the given blocks of `width` rows."""
-    blocks = torch.tensor(list(units), dtype=torch.long, device="cpu")
-    return (start + blocks[:, None] * width + torch.arange(width, device="cpu")[None, :]).reshape(-1)
-
-
-def keep_groups(
-    layer: nn.Module,
-    layout: Mapping[str, Any],
-    groups: Sequence[int],
-    heads: int,
-    kv_heads: int,
-    cut: Callable[..., None] = keep,
+def narrow(
+    layer: nn.Module, data: Mapping[str, Any], kept: Sequence[int], cut: Callable[..., None] = take
 ) -> None:
-    """Keep the given KV groups of a layer: each key/value head with the query heads that read it.
+    """Keep some members of one width of a layer.
 
     Args:
-        layer: the layer, changed in place.
-        layout: the entry of its family, as plain data.
-        groups: indices of the KV groups to keep, ascending.
-        heads: query heads the layer has now.
-        kv_heads: key/value heads the layer has now.
-        cut: narrows one module, with whatever is attached to it.
-    """
-    projections, transposed = layout["projections"], layout["transposed"]
-    output = part(layer, projections["o"])
-    head_dim = output.weight.shape[0 if transposed else 1] // heads
-    per_group = heads // kv_heads
-    query, key = _span(groups, per_group * head_dim), _span(groups, head_dim)
-    if layout["qkv_layout"] == "split":
-        for role, rows in (("q", query), ("k", key), ("v", key)):
-            cut(part(layer, projections[role]), rows, True, transposed)
-    else:
-        if layout["qkv_layout"] == "interleaved":
-            rows = _span(groups, 3 * head_dim)
-        else:
-            starts = (heads * head_dim, (heads + kv_heads) * head_dim)
-            rows = torch.cat([query, *(_span(groups, head_dim, start) for start in starts)])
-        cut(part(layer, projections["qkv"]), rows, True, transposed)
-    cut(output, query, False, transposed)
-    for path in layout["position_projections"]:
-        if (module := part(layer, path)) is not None:
-            cut(module, query, True, transposed)
-    if layout["norm_scope"] == "all":
-        for path, rows in zip(layout["query_key_norms"], (query, key), strict=True):
-            if (module := part(layer, path)) is not None:
-                cut(module, rows, True, False)
-    core = part(layer, layout["attention_core"])
-    left = len(groups)
-    sizes = {
-        "heads": left * per_group,
-        "kv_heads": left,
-        "groups": per_group,
-        "query_width": left * per_group * head_dim,
-    }
-    for attribute, size in layout["attention_sizes"].items():
-        setattr(core, attribute, sizes[size])
-
-
-def own_config(layer: nn.Module, layout: Mapping[str, Any], heads: int, kv_heads: int) -> None:
-    """Give the attention of a layer its own head counts, where it reads them from its config in every forward pass.
-
-    Args:
-        layer: the layer, changed in place.
-        layout: the entry of its family, as plain data.
-        heads: its query heads.
-        kv_heads: its key/value heads.
-    """
-    core = part(layer, layout["attention_core"])
-    if layout["config_in_forward"] and heads:
-        shared = getattr(core.config, "_shared", core.config)
-        core.config = LayerConfig(shared, **{layout["heads"]: heads, layout["kv_heads"]: kv_heads})
-
-
-def keep_units(
-    layer: nn.Module, layout: Mapping[str, Any], units: Sequence[int], cut: Callable[..., None] = keep
-) -> None:
-    """Keep the given units of a layer's MLP.
-
-    Args:
-        layer: the layer, changed in place.
-        layout: the entry of its family, as plain data.
-        units: indices of the units to keep, ascending.
-        cut: narrows one module, with whatever is attached to it.
-    """
-    projections, transposed = layout["projections"], layout["transposed"]
-    index = _span(units, 1)
-    down = part(layer, projections["down"])
-    width = down.weight.shape[0 if transposed else 1]
-    for role in ("gate", "up"):
-        if role in projections:
-            cut(part(layer, projections[role]), index, True, transposed)
-    if "gate_up" in projections:
-        cut(part(layer, projections["gate_up"]), torch.cat([index, index + width]), True, transposed)
-    cut(down, index, False, transposed)
-    if layout["mlp"] and hasattr(part(layer, layout["mlp"]), "intermediate_size"):
-        part(layer, layout["mlp"]).intermediate_size = len(index)
-
-
-def skip_sublayer(layer: nn.Module, layout: Mapping[str, Any], which: str) -> None:
-    """Remove the attention or the MLP of a layer, with the norms that belong to that branch alone.
-
-    The same replacements, and the same names, as the open transformers pull request 45332, so that a checkpoint can
-    move to stock code once that is released.
-
-    Args:
-        layer: the layer, changed in place.
-        layout: the entry of its family, as plain data.
-        which: "attention" or "mlp".
-    """
-    projections = layout["projections"]
-    if which == "attention":
-        core, output = layout["attention_core"], projections["o"]
-        _replace(layer, core, NoMixing())
-        if not output.startswith(f"{core}."):
-            _replace(layer, output, Zeros())  # BERT: the output projection belongs to the residual stream's module
-    elif layout["mlp"]:
-        _replace(layer, layout["mlp"], Zeros())
-    else:
-        _replace(layer, projections["up"], nn.Identity())
-        _replace(layer, projections["down"], Zeros())
-    for path in layout[f"{which}_norms"]:
-        _replace(layer, path, nn.Identity())
-
-
-def require_caches(layout: Mapping[str, Any], skips: Sequence[Sequence[str]]) -> None:
-    """Raise where this transformers would generate wrongly from a decoder whose layers have no attention.
-
-    Its KV caches learned to leave layers out in 5.23; before, they took the length of the text from the first layer
-    even where that layer stores nothing. Can go once 5.23 is the oldest version that is supported.
-
-    Args:
-        layout: the entry of the family, as plain data.
-        skips: the sub-layers that each layer does not have.
+        layer: changed in place.
+        data: "members", "slices", "attributes" and "inputs", as above.
+        kept: which members stay, ascending.
+        cut: narrows one parameter, with whatever is attached to it: `(module, name, axis, index)`.
 
     Raises:
-        ImportError: naming the installed version and the one that is needed.
+        ValueError: where the data does not fit the layer; before anything is changed.
     """
-    if layout["kind"] != "decoder" or not any("attention" in skip for skip in skips):
-        return
-    if parse(transformers.__version__).release < (5, 23):
-        raise ImportError(
-            f"Decoders with layers without attention need transformers >= 5.23 (installed: {transformers.__version__})"
-            ": older KV caches would generate other text, without an error. Run `pip install -U transformers`."
-        )
+    members = data["members"]
+    todo = []
+    for path, axis, segments in data["slices"]:
+        parent, _, name = path.rpartition(".")
+        module = part(layer, parent)
+        inner = getattr(module, "base_layer", module)  # what PEFT put around it
+        old = getattr(inner, name, None)
+        if not isinstance(old, torch.Tensor) or old.ndim <= axis:
+            raise ValueError(f"{type(layer).__name__} has no parameter {path!r} with an axis {axis}.")
+        size = old.shape[axis]
+        if places(segments, [members - 1]).max() >= size:
+            raise ValueError(f"{path!r} has {size} indices along axis {axis}, fewer than {members} members take.")
+        todo.append((module, name, axis, left_of(size, segments, members, kept)))
+    sizes = [_new_size(layer, members, len(kept), *entry) for entry in data["attributes"]]
+    for module, name, axis, index in todo:
+        cut(module, name, axis, index)
+    for module, name, value in sizes:
+        if name.startswith("config."):
+            shared = getattr(module.config, "_shared", module.config)
+            own = {k: v for k, v in vars(module.config).items() if k != "_shared"} if shared is not module.config else {}
+            module.config = LayerConfig(shared, **{**own, name.partition(".")[2]: value})
+        else:
+            setattr(module, name, value)
+    for path, argument, axis, each in data.get("inputs", ()):
+        module = part(layer, path)
+        names = list(arguments_of(module))
+        position = names.index(argument) if argument in names else len(names)
+        hook = _Selected(argument, position, axis, each, members, kept)
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        module.register_forward_hook(hook.restore, with_kwargs=True)
+
+
+def _new_size(
+    layer: nn.Module, members: int, kept: int, path: str, name: str, each: int, positions: Sequence[int] | None = None
+) -> Any:
+    """The module, the attribute and its new value, where it is a whole number that the members are part of."""
+    module = part(layer, path)
+    inside = name.startswith("config.")
+    holder, plain = (getattr(module, "config", None), name.partition(".")[2]) if inside else (module, name)
+    old = getattr(holder, plain, None) if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", plain) else None
+    values = list(old) if positions is not None and isinstance(old, (list, tuple)) else [old]
+    for position in positions if positions is not None else (0,):
+        value = values[position] if position < len(values) else None
+        if type(value) is not int or type(each) is not int or not 0 < members * each <= value:
+            raise ValueError(f"{path}.{name} = {old!r} is no size that counts {members} members.")
+        values[position] = value - (members - kept) * each
+    return module, name, values[0] if positions is None else type(old)(values)
+
+
+def arguments_of(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's forward, in order."""
+    import inspect
+
+    return [n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind < 3][1:]
+
+
+def replace(model: nn.Module, path: str, kind: str, returns: Sequence[str | None] | None) -> None:
+    """Put `Removed` in the place of a module.
+
+    Args:
+        model: changed in place.
+        path: of the module.
+        kind: "layer" or "branch".
+        returns: as for `Removed`.
+    """
+    old = part(model, path)
+    parent, _, name = path.rpartition(".")
+    if old is None or not path:
+        raise ValueError(f"{type(model).__name__} has no module {path!r}.")
+    stub = Removed(kind, returns, arguments_of(old))
+    for attribute, value in vars(old).items():  # models read from their layers as they run (a kind of mask, say)
+        if type(value) in (str, bool, int) and attribute[0] != "_" and not hasattr(stub, attribute):
+            setattr(stub, attribute, value)
+    holder = part(model, parent)
+    if name in holder._modules:
+        holder._modules[name] = stub
+    else:
+        setattr(holder, name, stub)
 
 
 # ---- the config ----
 
 
 class PrunedConfigMixin:
-    """What a stock config needs to describe layers that differ."""
+    """What a stock config needs to describe a model of which parts were removed."""
 
     model_type = MODEL_TYPE
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.base_model_type = type(self).stock_class.model_type  # type: ignore[attr-defined]
-        # Code that reads a width from the global config gets the dense one; nothing in the model does.
-        self.allow_global_per_layer_attribute_access = True
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
         """Tells the KV caches of transformers which layers store nothing ("reuse" makes a dummy cache layer)."""
-        return [
-            "reuse" if "attention" in (getattr(layer, "skip", None) or ()) else None
-            for layer in self.per_layer_config  # type: ignore[attr-defined]
-        ]
+        return _modes(super(), self)  # type: ignore[arg-type]
 
-    def validate_architecture(self) -> None:
-        """Replaces the check of the stock config, which knows one head count for all layers."""
 
-    def validate_token_ids(self) -> None:
-        """The check of the stock config; it reads every field, and would warn about those that differ by layer."""
-        with _as_dense(self):
-            super().validate_token_ids()  # type: ignore[misc]
+def _modes(stock: Any, config: Any) -> Any:
+    """Of the stock class, with "reuse" where a layer has no attention left."""
+    modes = getattr(stock, "kv_sharing_modes", None)
+    uncached = set((config.__dict__.get("hf_cka") or {}).get("uncached") or config.__dict__.get("_uncached") or ())
+    if not uncached:
+        return modes
+    modes = modes or [None] * config.num_hidden_layers
+    return ["reuse" if i in uncached else mode for i, mode in enumerate(modes)]
+
+
+def require_caches(uncached: Sequence[int]) -> None:
+    """Raise where this transformers would generate wrongly from a decoder whose layers have no attention.
+
+    Its KV caches learned to leave layers out in 5.23; before, they took the length of the text from the first layer
+    even where that layer stores nothing. Can go once 5.23 is the oldest version that is supported.
+
+    Args:
+        uncached: the layers that store nothing.
+
+    Raises:
+        ImportError: naming the installed version and the one that is needed.
+    """
+    if uncached and parse(transformers.__version__).release < (5, 23):
+        raise ImportError(
+            f"Decoders with layers without attention need transformers >= 5.23 (installed: {transformers.__version__})"
+            ": older KV caches would generate other text, without an error. Run `pip install -U transformers`."
+        )
+
+
+def uncached_text(config: Any, uncached: Sequence[int]) -> None:
+    """Tell the config of a text model inside a larger one which of its layers store no keys and values."""
+    text = config.get_text_config(decoder=True)
+    if text is config or not uncached:
+        return
+    stock = next(c for c in type(text).__mro__ if not c.__name__.startswith("Uncached"))
+
+    def modes(self: Any) -> Any:
+        return _modes(super(stock_or_self, self), self)
+
+    stock_or_self = type("Uncached" + stock.__name__, (stock,), {"__module__": stock.__module__})
+    stock_or_self.kv_sharing_modes = property(modes)  # type: ignore[attr-defined]
+    text.__class__ = stock_or_self
+    text.__dict__["_uncached"] = list(uncached)
 
 
 def config_class(base_model_type: str) -> Any:
@@ -289,17 +387,30 @@ def config_class(base_model_type: str) -> Any:
     if name not in globals():
         body = {
             "__module__": __name__,
-            "__doc__": f"A {stock.__name__} whose layers may differ.",
+            "__doc__": f"A {stock.__name__} of a model of which parts were removed.",
             "stock_class": stock,
             "_auto_class": "AutoConfig",
         }
-        # `strict` collects the validators of a class when it decorates it, so the override needs a decoration
+        # `strict` collects the validators of a class when it decorates it
         globals()[name] = strict(type(name, (PrunedConfigMixin, stock), body))
-        for auto, mapping in _HEADS.items():
-            model = getattr(modeling_auto, mapping).get(stock, None)
-            if isinstance(model, type):
-                getattr(transformers, auto).register(globals()[name], model_class(model), exist_ok=True)
+        for auto, model in autos_of(stock).items():
+            getattr(transformers, auto).register(globals()[name], model_class(model), exist_ok=True)
     return globals()[name]
+
+
+def autos_of(stock_config: type) -> dict[str, type]:
+    """The auto classes that know a config class, and the model class that each makes of it."""
+    found: dict[str, type] = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or stock_config not in mapping.keys():  # noqa: SIM118
+            continue
+        with contextlib.suppress(AttributeError, ImportError, ValueError):
+            model = mapping[stock_config]
+            model = model[0] if isinstance(model, (list, tuple)) else model
+            if isinstance(model, type) and getattr(model, "config_class", None) is stock_config:
+                found[name] = model
+    return found
 
 
 def auto_map(base_model_type: str) -> dict[str, str]:
@@ -307,11 +418,7 @@ def auto_map(base_model_type: str) -> dict[str, str]:
     stock = transformers.models.auto.configuration_auto.CONFIG_MAPPING[base_model_type]
     file = __name__.rpartition(".")[2]
     found = {"AutoConfig": f"{file}.{PREFIX}{stock.__name__}"}
-    for auto, mapping in _HEADS.items():
-        model = getattr(modeling_auto, mapping).get(stock, None)
-        if isinstance(model, type):
-            found[auto] = f"{file}.{PREFIX}{model.__name__}"
-    return found
+    return found | {auto: f"{file}.{PREFIX}{model.__name__}" for auto, model in autos_of(stock).items()}
 
 
 # ---- the models ----
@@ -319,60 +426,65 @@ def auto_map(base_model_type: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _as_dense(config: Any) -> Iterator[None]:
-    """Hide what differs between layers while the stock code builds them all alike."""
-    hidden = config.__dict__.pop("_heterogeneity_spec", None)
+    """Hide what was removed while the stock code builds everything; parts built from the same config hide it too."""
+    hidden = config.__dict__.pop("hf_cka", None)
     try:
         yield
     finally:
         if hidden is not None:
-            config._heterogeneity_spec = hidden
+            config.hf_cka = hidden
 
 
 class PrunedModelMixin:
-    """Builds the stock model, then cuts its layers to what the config says."""
+    """Builds the stock model, then takes out what the config names."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with _as_dense(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        _cut_to_config(self, config)
+        apply_structure(self, getattr(config, "hf_cka", None) or {})
 
 
-def _cut_to_config(model: Any, config: Any) -> None:
-    if not config.is_heterogeneous:
+def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
+    """Take out of a stock model what `config.hf_cka` names.
+
+    Args:
+        model: just built, changed in place.
+        structure: the entry of the config.
+
+    Raises:
+        ValueError: where it does not fit the model, or is of a later version.
+    """
+    if not structure:
         return
-    layout = config.hf_cka_layout
-    layers = part(model, layout["layers"])
-    if layers is None:
-        layers = part(getattr(model, model.base_model_prefix), layout["layers"])
-    require_caches(layout, [own.skip for own in config.per_layer_config])
-    heads, kv_heads = _dense_heads(config, layout)
-    for layer, own in zip(layers, config.per_layer_config, strict=True):
-        for which in own.skip:
-            skip_sublayer(layer, layout, which)
-        if "attention" not in own.skip:
-            left = getattr(own, layout["kv_heads"]) if layout["kv_heads"] else getattr(own, layout["heads"])
-            if left < kv_heads:
-                keep_groups(layer, layout, range(left), heads, kv_heads)
-            own_config(layer, layout, left * (heads // kv_heads), left)
-        if "mlp" not in own.skip:
-            units = getattr(own, layout["intermediate"])
-            if units is not None and units < _dense_units(config, layout):
-                keep_units(layer, layout, range(units))
+    if structure.get("version") != VERSION:
+        raise ValueError(f"hf_cka.version is {structure.get('version')!r}; this file reads version {VERSION}.")
+    resolve = _resolver(model)
+    require_caches(structure.get("uncached") or ())
+    for entry in structure.get("narrowed") or ():
+        members = entry["members"]
+        if type(members) is not int or not 0 < members <= _MOST:
+            raise ValueError(f"hf_cka.narrowed names {members!r} members.")
+        for path, kept in entry["kept"].items():
+            if (layer := part(model, resolve(path))) is None:
+                raise ValueError(f"hf_cka.narrowed: {type(model).__name__} has no module {path!r}.")
+            narrow(layer, entry, numbers(kept, members))
+    for entry in structure.get("removed") or ():
+        replace(model, resolve(entry["module"]), entry["kind"], entry["returns"])
+    uncached_text(model.config, structure.get("uncached") or ())
 
 
-def _dense(config: Any, name: str) -> Any:
-    return config._getattr_without_heterogeneous_validation(name)
+def _resolver(model: Any) -> Callable[[str], str]:
+    """Paths are those of the model that was saved: with its head, or without."""
+    prefix = getattr(model, "base_model_prefix", "")
 
+    def resolve(path: str) -> str:
+        if part(model, path) is None:
+            for other in (path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
+                if part(model, other) is not None:
+                    return other
+        return path
 
-def _dense_heads(config: Any, layout: Mapping[str, Any]) -> tuple[int, int]:
-    heads = _dense(config, layout["heads"])
-    kv_heads = _dense(config, layout["kv_heads"]) if layout["kv_heads"] else None
-    return heads, heads if kv_heads is None else kv_heads
-
-
-def _dense_units(config: Any, layout: Mapping[str, Any]) -> int:
-    units = _dense(config, layout["intermediate"])
-    return 4 * config.hidden_size if units is None else units
+    return resolve
 
 
 def model_class(stock: type) -> type:
@@ -382,10 +494,11 @@ def model_class(stock: type) -> type:
     name = PREFIX + stock.__name__
     config = config_class(stock.config_class.model_type)  # type: ignore[attr-defined]
     if name not in globals():
-        auto = next((a for a, m in _HEADS.items() if stock.__name__ in _values(m) and a != "AutoModel"), "AutoModel")
+        known = autos_of(stock.config_class)  # type: ignore[attr-defined]
+        auto = next((a for a, m in known.items() if m is stock and a != "AutoModel"), "AutoModel")
         body = {
             "__module__": __name__,
-            "__doc__": f"A {stock.__name__} whose layers may differ.",
+            "__doc__": f"A {stock.__name__} of which parts were removed.",
             "stock_class": stock,
             "config_class": config,
             "_auto_class": auto,
@@ -408,10 +521,6 @@ def become(model: Any, cls: type) -> None:
     recordable = getattr(model, "_can_record_outputs", None)
     model.__class__ = cls
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(cls), recordable)
-
-
-def _values(mapping: str) -> list[str]:
-    return list(getattr(modeling_auto, mapping + "_NAMES").values())
 
 
 def __getattr__(name: str) -> Any:

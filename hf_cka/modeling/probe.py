@@ -9,6 +9,7 @@ The request is a list of jobs: {"folder", "way", "inputs", "logits", "attention"
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -25,19 +26,17 @@ NEW_TOKENS = 10
 
 
 def auto_class(architecture: str) -> Any:
-    """The auto class that loads an architecture."""
+    """The auto class that loads an architecture, with its head; `AutoModel` for a model without one."""
     from transformers.models.auto import modeling_auto
 
     stock = architecture.removeprefix("Pruned")
-    for auto, names in (
-        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        ("AutoModelForSequenceClassification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-        ("AutoModelForTokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-        ("AutoModelForQuestionAnswering", modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
-    ):
-        if stock in names.values():
-            return getattr(transformers, auto)
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is None or name == "AutoModel" or not name.startswith("AutoModelFor"):
+            continue
+        names = [n for v in mapping._model_mapping.values() for n in ((v,) if isinstance(v, str) else v)]
+        if stock in names:
+            return getattr(transformers, name)
     return transformers.AutoModel
 
 
@@ -71,20 +70,38 @@ def align(model: Any) -> None:
             tensor.data = tensor.data.clone()
 
 
+def placed(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs on the device of the model, real numbers in its dtype."""
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    return {
+        name: value.to(first.device, first.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
 def first_output(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits, or whatever a model without a head returns first; without a cache."""
-    device = model.get_input_embeddings().weight.device
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    if model.can_generate():
+    inputs = placed(model, inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False  # type: ignore[assignment]
     with torch.no_grad():
-        return model(**inputs)[0]
+        output = model(**inputs)
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            output = (getattr(output, name),)
+            break
+    first = output[0] if not hasattr(output, "values") else next(iter(output.values()))
+    return first[0] if isinstance(first, (tuple, list)) else first
+
+
+def generates(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether greedy text can be generated from these inputs."""
+    return bool(model.can_generate()) and "input_ids" in inputs and inputs["input_ids"].ndim == 2
 
 
 def compare_generation(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, str]:
     """Greedy generation with a dynamic cache and with a static one, each against none; "" where they agree."""
-    device = model.get_input_embeddings().weight.device
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = {name: value for name, value in placed(model, inputs).items() if not name.startswith("decoder_")}
     common = {
         "do_sample": False,
         "num_beams": 1,
@@ -98,13 +115,17 @@ def compare_generation(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str,
     }
     plain = model.generate(**inputs, **common, use_cache=False)
     found = {}
-    for name, extra in (("cached", {}), ("static", {"cache_implementation": "static"})):
+    ways: list[tuple[str, dict[str, Any]]] = [("cached", {})]
+    if getattr(model, "_can_compile_fullgraph", False):  # what transformers calls fit for a static cache
+        ways.append(("static", {"cache_implementation": "static"}))
+    for name, extra in ways:
         try:
             other = model.generate(**inputs, **common, **extra)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
             continue
-        found[name] = difference(plain, other, inputs["input_ids"].shape[1], TOLERANCE.get(model.dtype, 1e-1))
+        start = plain.sequences.shape[1] - NEW_TOKENS
+        found[name] = difference(plain, other, start, TOLERANCE.get(model.dtype, 1e-1))
     return found
 
 
@@ -126,6 +147,19 @@ def difference(plain: Any, other: Any, start: int, tolerance: float) -> str:
     return ""
 
 
+def run_first(model: Any, candidates: list[dict[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The first of several inputs that a model takes, and what it gives."""
+    for position, inputs in enumerate(candidates):
+        try:
+            output = first_output(model, inputs)
+            if output.isfinite().all() or position == len(candidates) - 1:
+                return inputs, output
+        except Exception:
+            if position == len(candidates) - 1:
+                raise
+    raise ValueError("There are no inputs to try.")
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Do one job; an error becomes part of the answer."""
     torch.set_num_threads(job.get("threads") or torch.get_num_threads())
@@ -137,13 +171,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         answer["parameters"] = sum(p.numel() for p in model.parameters())
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             answer[kind] = sorted(map(str, report.get(kind) or ()))
-        inputs = load_file(job["inputs"])
         align(model)
-        output = first_output(model, inputs)
+        inputs, output = run_first(model, [load_file(path) for path in job["inputs"]])
         answer["finite"] = bool(output.isfinite().all())
         if job.get("logits"):
             save_file({"logits": output.cpu().contiguous()}, job["logits"])
-        answer["generation"] = compare_generation(model, inputs) if model.can_generate() else {}
+        answer["generation"] = compare_generation(model, inputs) if generates(model, inputs) else {}
     except Exception as error:
         answer["error"] = f"{type(error).__name__}: {error}"
     return answer

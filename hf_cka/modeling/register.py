@@ -50,6 +50,12 @@ def _register_now() -> None:
                     "A config of type 'hf_cka' must name the stock model it was made from in 'base_model_type'; this "
                     f"one has {sorted(config_dict)}."
                 )
+            if "hf_cka_layout" in config_dict:
+                from hf_cka.modeling.format_1 import upgraded
+
+                config_dict = {**config_dict, **upgraded(config_dict).to_dict()}
+                for old in ("hf_cka_layout", "per_layer_config", "allow_global_per_layer_attribute_access"):
+                    config_dict.pop(old, None)
             return config_class(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
 
     AutoConfig.register("hf_cka", PrunedConfig, exist_ok=True)

@@ -1,48 +1,33 @@
-"""The structure of a model as data: the shape of each layer, the config that says so, and who can load that."""
+"""What a pruned model is saved as: which config says it, with which data beside it, and who can load that."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from hf_cka.anatomy import Family
-from hf_cka.anatomy.model import config_sizes
+import torch
 
-# Config fields that name layers by index in ways that differ from family to family. A family that has one of these
-# needs its own translation before its layers can be renumbered.
-_INDEX_VALUED = (
-    "attn_layer_offset",
-    "attn_layer_period",
-    "cross_attention_layers",
-    "decoder_sparse_step",
-    "expert_layer_period",
-    "first_k_dense_replace",
-    "full_attn_idxs",
-    "interleave_moe_layer_step",
-    "moe_layers",
-    "num_kv_shared_layers",
-)
+from hf_cka.anatomy import Anatomy, Stack
+from hf_cka.anatomy.model import dense_config, findings_of, twin_of
+from hf_cka.anatomy.stacks import removed, tried
+from hf_cka.anatomy.twin import distance, outputs, quiet
+from hf_cka.modeling import modeling_hf_cka as code
 
+if TYPE_CHECKING:
+    from hf_cka.modeling.plan import PruningPlan
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer of the new model has.
-
-    Attributes:
-        source: the index of this layer in the model as it is now.
-        num_heads: query heads it keeps.
-        num_kv_heads: key/value heads it keeps.
-        intermediate_size: MLP units it keeps.
-        skip: sub-layers it does not have ("attention", "mlp").
-    """
-
-    source: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    skip: tuple[str, ...] = ()
+# Config fields that count leading layers to which something applies; they shrink with those layers.
+_LEADING = ("max_window_layers", "first_k_dense_replace")
+_DEPTH = re.compile(r"layer|depth|block")
+_HEADS = re.compile(r"head|num_kv|kv_n")
+_UNITS = re.compile(r"intermediate|ffn|inner|d_ff|dff|hidden_dim|mlp|feed|ff_dim")
+# (config class, stack, kept layers) -> the config of the shorter model, or why there is none
+_SHORTER: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -61,100 +46,305 @@ class Rung:
     reason: str = ""
 
 
-def layer_shapes(family: Family, config: Any) -> list[LayerShape]:
-    """Return the shape of every layer that a config describes.
+@dataclass(frozen=True)
+class Target:
+    """What a plan makes of a model.
 
-    Args:
-        family: the entry of the table.
-        config: the config of the layers.
-
-    Example:
-        >>> from hf_cka.anatomy import FAMILIES
-        >>> from transformers import LlamaConfig
-        >>> config = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=16)
-        >>> layer_shapes(FAMILIES["llama"], config)[1]
-        LayerShape(source=1, num_heads=2, num_kv_heads=2, intermediate_size=16, skip=())
+    Attributes:
+        config: of the new model, of the stock class or of the pruned one.
+        structure: what `config.hf_cka` says of it; empty where the stock class says all.
+        shortened: stack -> positions of the modules of its container that stay and are renumbered.
+        rung: who will be able to load it.
     """
-    shapes = []
-    for index in range(config.num_hidden_layers):
-        sizes = config_sizes(family, config, index)
-        layer = config.per_layer_config[index] if config.is_heterogeneous else config
-        skip = tuple(getattr(layer, "skip", None) or ())
-        shapes.append(LayerShape(index, sizes.num_heads, sizes.num_kv_heads, sizes.intermediate_size, skip))
-    return shapes
+
+    config: Any
+    structure: Mapping[str, Any] = field(default_factory=dict)
+    shortened: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rung: Rung = Rung("stock", "")
 
 
-def reshaped_config(family: Family, config: Any, shapes: Sequence[LayerShape]) -> Any:
-    """Return the config of a model whose layers have the given shapes: of the stock class where that can say it.
+def target_of(anatomy: Anatomy, plan: PruningPlan) -> Target:
+    """Return what a plan makes of a model; nothing is changed.
 
     Args:
-        family: the entry of the table.
-        config: the config as it is now; not changed.
-        shapes: the layers that stay, in order.
+        anatomy: of the model.
+        plan: that fits it.
 
     Raises:
-        ValueError: if the layers cannot be renumbered because something in the config depends on their index.
-        ImportError: if a decoder loses attention and transformers is older than 5.23; see `require_caches`.
+        ImportError: if a decoder loses attention and transformers is older than 5.23.
     """
-    check_renumbering(family, config, [shape.source for shape in shapes])
-    stock = getattr(type(config), "stock_class", type(config))
-    new = copy.deepcopy(config)
-    new.per_layer_config = None
-    new.__class__ = stock
-    for name in ("base_model_type", "hf_cka_layout", "auto_map", "allow_global_per_layer_attribute_access"):
-        new.__dict__.pop(name, None)
-    kept = [shape.source for shape in shapes]
-    for name in family.layer_lists:
-        if getattr(new, name, None) is not None:
-            setattr(new, name, [getattr(config, name)[source] for source in kept])
-    for name in family.layer_counts:
-        if getattr(new, name, None) is not None:
-            setattr(new, name, sum(source < getattr(config, name) for source in kept))
-    new.num_hidden_layers = len(shapes)
+    model = anatomy.model
+    stock = getattr(type(model), "stock_class", type(model))
+    dense = dense_config(model.config)
+    base = {s.path: s for s in findings_of(stock, dense, model).stacks}
+    old = model.config.__dict__.get("hf_cka") or {}
+    gone = {e["module"]: e for e in old.get("removed") or ()}
+    kept = _kept_of(old)
+    shortened: dict[str, tuple[int, ...]] = {}
+    why = ""
+    for part in plan.by_stack:
+        now = anatomy.on(part.stack) if part.stack else anatomy
+        stack = base[now.stack.path]
+        _merge(now, stack, part, gone, kept)
+        if part.removed_layers:
+            names = {now.layer_name(i) for i in part.removed_layers}
+            stay = tuple(i for i, path in enumerate(_children(model, stack.path)) if path not in names)
+            shorter = _shorter(stock, dense, stack, stay, sorted(names), model)
+            if isinstance(shorter, str):
+                why = why or shorter
+                gone |= {n: _entry(n, "layer", layer.returns) for layer in stack.layers for n in [layer.path] if n in names}
+            else:
+                dense, shortened[stack.path] = shorter, stay
+    structure = _structure(base, gone, kept, shortened, model)
+    code.require_caches(structure.get("uncached") or ())
+    return _placed(stock, dense, structure, shortened, why, model)
 
-    uniform = _uniform(family, new, shapes)
-    if uniform is not None and not _rejection(uniform):
-        return uniform
-    from hf_cka.modeling import modeling_hf_cka as code
 
-    code.require_caches(family.to_dict(), [shape.skip for shape in shapes])
-    new.__class__ = code.config_class(stock.model_type)
-    new.base_model_type = stock.model_type
-    new.hf_cka_layout = family.to_dict()
-    new.auto_map = code.auto_map(stock.model_type)
-    new.allow_global_per_layer_attribute_access = True
-    new.per_layer_config = {i: _overrides(family, shape) for i, shape in enumerate(shapes)}
+def rung_for(model: Any, plan: PruningPlan) -> Rung:
+    """Say which rung of the ladder a plan will need, before anything is done.
+
+    Args:
+        model: a model or its `Anatomy`.
+        plan: that fits it.
+    """
+    from hf_cka.anatomy import find_anatomy
+
+    return target_of(model if isinstance(model, Anatomy) else find_anatomy(model), plan).rung
+
+
+def rung_of(model: Any) -> Rung:
+    """Say which rung of the ladder a model needs as it is.
+
+    Args:
+        model: as `apply_plan` leaves it, or any other.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     num_hidden_layers=1, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
+        ... )
+        >>> rung_of(LlamaForCausalLM(config)).name
+        'stock'
+    """
+    structure = model.config.__dict__.get("hf_cka")
+    if not structure:
+        return Rung("stock", model.config.model_type)
+    stock = getattr(type(model), "stock_class", type(model))
+    return _placed(stock, dense_config(model.config), structure, {}, structure.get("why", ""), model).rung
+
+
+def relabelled_config(model: Any) -> Any:
+    """Return the Mistral config that computes the same as a bias-free Llama with any number of heads.
+
+    Args:
+        model: on the "relabel" rung.
+    """
+    from transformers import MistralConfig
+
+    stock = type(model).stock_class
+    uniform = _uniform(stock, dense_config(model.config), model.config.hf_cka, model)
+    fields = uniform.to_dict()
+    for name in (
+        "architectures",
+        "attention_bias",
+        "layer_types",  # transformers reads a mistral config with layer_types as another family
+        "mlp_bias",
+        "model_type",
+        "pretraining_tp",
+        "transformers_version",
+    ):
+        fields.pop(name, None)
+    return MistralConfig.from_dict({**fields, "sliding_window": None})
+
+
+# ---- the structure as data ----
+
+
+def structure_of(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
+    """What a plan takes out of a model as it is, as data.
+
+    Args:
+        anatomy: of the model.
+        plan: that fits it.
+    """
+    removed_now: list[dict[str, Any]] = []
+    narrowed: list[dict[str, Any]] = []
+    for part in plan.by_stack:
+        on = anatomy.on(part.stack) if part.stack else anatomy
+        removed_now += [_entry(on.layer_name(i), "layer", on.stack.layers[i].returns) for i in part.removed_layers]
+        for name, layers in part.removed_branches.items():
+            for i in layers:
+                branch = on.branch(i, name)
+                for module, returns in branch.modules if branch else ():
+                    removed_now.append(_entry(f"{on.layer_name(i)}.{module}", "branch", returns))
+        for name, table in part.kept.items():
+            for i, members in table.items():
+                width = on.stack.layers[i].width(name)
+                if width is not None:
+                    narrowed.append({**width.data(), "kept": {on.layer_name(i): code.as_ranges(members)}})
+    return {"version": code.VERSION, "removed": removed_now, "narrowed": narrowed}
+
+
+def _kept_of(structure: Mapping[str, Any]) -> dict[tuple[str, str], list[int]]:
+    """(layer, output parameter) -> members that an earlier plan kept."""
+    return {
+        (path, entry["slices"][0][0]): code.numbers(text, entry["members"])
+        for entry in structure.get("narrowed") or ()
+        for path, text in entry["kept"].items()
+    }
+
+
+def _merge(
+    now: Anatomy,
+    stack: Stack,
+    plan: PruningPlan,
+    gone: dict[str, dict[str, Any]],
+    kept: dict[tuple[str, str], list[int]],
+) -> None:
+    """Enter what a plan says by current index into what is known by the names of the dense model."""
+    dense = {layer.path: layer for layer in stack.layers}
+    for name, layers in plan.removed_branches.items():
+        for i in layers:
+            path = now.layer_name(i)
+            branch = dense[path].branch(name)
+            assert branch is not None
+            for module, returns in branch.modules:
+                gone[f"{path}.{module}"] = _entry(f"{path}.{module}", "branch", returns)
+            for width in dense[path].widths:  # what is gone has no width any more
+                if width.branch == name:
+                    kept.pop((path, width.output.parameter), None)
+    for name, table in plan.kept.items():
+        for i, members in table.items():
+            path = now.layer_name(i)
+            width = now.stack.layers[i].width(name)
+            assert width is not None
+            key = path, width.output.parameter
+            before = kept.get(key)
+            kept[key] = list(members) if before is None else [before[m] for m in members]
+
+
+def _entry(path: str, kind: str, returns: Any) -> dict[str, Any]:
+    return {"module": path, "kind": kind, "returns": None if returns is None else list(returns)}
+
+
+def _structure(
+    base: Mapping[str, Stack],
+    gone: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[tuple[str, str], Sequence[int]],
+    shortened: Mapping[str, Sequence[int]],
+    model: Any,
+) -> dict[str, Any]:
+    """What `config.hf_cka` says, by the names of the (perhaps shortened) stock model."""
+    new = _renames(model, shortened)
+    entries: dict[str, dict[str, Any]] = {}
+    for stack in base.values():
+        for layer in stack.layers:
+            for width in layer.widths:
+                members = kept.get((layer.path, width.output.parameter))
+                if members is None or new(layer.path) is None or layer.path in gone or len(members) == width.members:
+                    continue
+                data = width.data()
+                entry = entries.setdefault(repr(data), {**data, "kept": {}})
+                entry["kept"][new(layer.path)] = code.as_ranges(members)
+    removed_now = [{**e, "module": new(p)} for p, e in gone.items() if new(p) is not None]
+    if not entries and not removed_now:
+        return {}
+    order = {layer.path: i for stack in base.values() for i, layer in enumerate(stack.layers)}
+    removed_now.sort(key=lambda e: (order.get(e["module"], -1), e["module"]))
+    uncached = [i for stack in base.values() if stack.causal for i in _uncached(stack, gone, shortened, model)]
+    found: dict[str, Any] = {"version": code.VERSION, "removed": removed_now, "narrowed": list(entries.values())}
+    return found | ({"uncached": uncached} if uncached else {})
+
+
+def _uncached(
+    stack: Stack, gone: Mapping[str, Any], shortened: Mapping[str, Sequence[int]], model: Any
+) -> Iterator[int]:
+    """Layers of a decoder that store no keys and values any more."""
+    if not getattr(model, "can_generate", lambda: True)() and model.config.is_encoder_decoder:
+        return
+    new = _renames(model, shortened)
+    for layer in stack.layers:
+        path = new(layer.path)
+        if path is None:
+            continue
+        attention = [b for b in layer.branches if b.kind in ("attention", "cross_attention")]
+        silent = [b for b in attention if any(f"{layer.path}.{m}" in gone for m, _ in b.modules)]
+        if layer.path in gone or (attention and len(silent) == len(attention)):
+            number = path.rpartition(".")[2]
+            if number.isdecimal():
+                yield int(number)
+
+
+def _renames(model: Any, shortened: Mapping[str, Sequence[int]]) -> Any:
+    """Old dotted names -> new ones, where containers lost modules; None for what is gone."""
+    tables = {}
+    for container, stay in shortened.items():
+        paths = _children(model, container)
+        tables[container] = {paths[old]: f"{container}.{new}" if container else str(new) for new, old in enumerate(stay)}
+
+    def new(path: str) -> str | None:
+        for container, table in tables.items():
+            if path.startswith(f"{container}."):
+                name = path[len(container) + 1 :].partition(".")[0]
+                old = f"{container}.{name}"
+                return table[old] + path[len(old) :] if old in table else None
+        return path
+
     return new
 
 
-def _overrides(family: Family, shape: LayerShape) -> dict[str, Any]:
-    own: dict[str, Any] = {"skip": sorted(shape.skip)} if shape.skip else {}
-    if "attention" not in shape.skip:
-        own[family.heads] = shape.num_heads
-        if family.kv_heads:
-            own[family.kv_heads] = shape.num_kv_heads
-    if "mlp" not in shape.skip:
-        own[family.intermediate] = shape.intermediate_size
-    return own
+def _children(model: Any, path: str) -> list[str]:
+    return [f"{path}.{n}" if path else n for n, _ in model.get_submodule(path).named_children()]
 
 
-def _uniform(family: Family, config: Any, shapes: Sequence[LayerShape]) -> Any:
-    """The stock config, where all layers are alike and its fields can say so; else None."""
-    first = replace(shapes[0], source=0)
-    if first.skip or any(replace(shape, source=0) != first for shape in shapes):
-        return None
-    new = copy.deepcopy(config)
-    before = config_sizes(family, config, 0)
-    if before.num_heads != first.num_heads:
-        if not family.head_dim:
-            return None
-        setattr(new, family.head_dim, before.head_dim)  # else it would follow the number of heads
-        setattr(new, family.heads, first.num_heads)
-    if family.kv_heads:
-        setattr(new, family.kv_heads, first.num_kv_heads)
-    if before.intermediate_size != first.intermediate_size:
-        setattr(new, family.intermediate, first.intermediate_size)
-    return new
+# ---- can the stock class say it? ----
+
+
+def _placed(
+    stock: Any, dense: Any, structure: Mapping[str, Any], shortened: Mapping[str, tuple[int, ...]], why: str, model: Any
+) -> Target:
+    """The first rung that can express a structure."""
+    if not structure:
+        return Target(dense, {}, shortened, Rung("stock", dense.model_type))
+    base = dense.model_type
+    uniform = None if structure.get("removed") else _uniform(stock, dense, structure, model, shortened)
+    if uniform is not None and not (rejected := _rejection(uniform)):
+        return Target(uniform, {}, shortened, Rung("stock", base))
+    config = pruned_config(dense, structure)
+    if uniform is not None:
+        reason = f"{type(uniform).__name__} rejects these sizes: {rejected}"
+        plain = base == "llama" and not (dense.attention_bias or dense.mlp_bias)
+        rung = Rung("relabel", "mistral", reason) if plain else Rung("hf_cka", code.MODEL_TYPE, reason)
+        return Target(config, structure, shortened, rung)
+    return Target(config, structure, shortened, Rung("hf_cka", code.MODEL_TYPE, why or _reason(structure, dense)))
+
+
+def pruned_config(dense: Any, structure: Mapping[str, Any]) -> Any:
+    """Return the config of the pruned class: the stock one, and the structure as data.
+
+    Args:
+        dense: a stock config; not changed.
+        structure: see `modeling_hf_cka.py`.
+    """
+    config = copy.deepcopy(dense)
+    config.__class__ = code.config_class(dense.model_type)
+    config.base_model_type = dense.model_type
+    config.auto_map = code.auto_map(dense.model_type)
+    config.hf_cka = dict(structure)
+    return config
+
+
+def _reason(structure: Mapping[str, Any], dense: Any) -> str:
+    branches = {e["module"] for e in structure.get("removed") or () if e["kind"] == "branch"}
+    if branches:
+        layers = {re.sub(r"(\.\d+\.).*", r"\1", m) for m in branches}
+        return f"{len(layers)} layers have no attention or no MLP, and stock layers always have both"
+    if structure.get("removed"):
+        return "its layers compute with their own index, or others count them, so they keep their places"
+    counts = {len(code.numbers(t, e["members"])) for e in structure["narrowed"] for t in e["kept"].values()}
+    if len(structure["narrowed"]) > 0 and len(counts) > len(structure["narrowed"]):
+        return "the layers have different widths, and a stock config knows one width for all layers"
+    return f"{type(dense).__name__} has no fields that say these widths"
 
 
 def _rejection(config: Any) -> str:
@@ -166,108 +356,171 @@ def _rejection(config: Any) -> str:
     return ""
 
 
-def check_renumbering(family: Family, config: Any, kept: Sequence[int]) -> None:
-    """Raise where removing layers would change the meaning of something that names layers by index.
-
-    Args:
-        family: the entry of the table.
-        config: the config of the layers.
-        kept: indices of the layers that stay.
-
-    Raises:
-        ValueError: naming the field, its value and the layers.
-    """
-    if list(kept) == list(range(config.num_hidden_layers)):
-        return
-    for name in _INDEX_VALUED:
-        value = getattr(config, name, None)
-        if value and name not in family.layer_counts:
-            raise ValueError(
-                f"Cannot remove layers: {type(config).__name__}.{name}={value!r} names layers by index, and hf_cka "
-                f"has no translation of it for {family.name!r}. Remove attention or MLP sub-layers, or units, instead."
-            )
-    for name in family.index_dependent:
-        if getattr(config, name, False):
-            raise ValueError(
-                f"Cannot remove layers: with {name}=True each layer computes with its own index. Remove attention or "
-                "MLP sub-layers, or units, instead."
-            )
-    special = family.first_layer_special
-    if kept[0] != 0 and special is not None and (special == "always" or getattr(config, special, None)):
-        raise ValueError(
-            f"Cannot remove layer 0 of {family.name!r}: it is built unlike the others"
-            + ("" if special == "always" else f" ({special}={getattr(config, special)!r})")
-            + ". Leave layer 0 in the plan's model."
-        )
+def _on_meta(stock: Any, config: Any) -> Any:
+    with quiet(), torch.device("meta"):
+        return stock._from_config(copy.deepcopy(config))
 
 
-def rung_of(family: Family, config: Any) -> Rung:
-    """Say which rung of the ladder the config of a pruned model needs.
-
-    Args:
-        family: the entry of the table.
-        config: the config as `apply_plan` leaves it.
-
-    Example:
-        >>> from hf_cka.anatomy import FAMILIES
-        >>> from transformers import LlamaConfig
-        >>> rung_of(FAMILIES["llama"], LlamaConfig()).name
-        'stock'
-    """
-    base = getattr(config, "base_model_type", None)
-    if base is None:
-        return Rung("stock", config.model_type)
-    shapes = layer_shapes(family, config)
-    stock = copy.deepcopy(config)
-    stock.per_layer_config = None
-    stock.__class__ = type(config).stock_class
-    uniform = _uniform(family, stock, shapes)
-    if uniform is None:
-        skips = sum(bool(shape.skip) for shape in shapes)
-        if skips:
-            reason = f"{skips} of {len(shapes)} layers have no attention or no MLP, and stock layers always have both"
-        elif len({(s.num_heads, s.num_kv_heads, s.intermediate_size) for s in shapes}) > 1:
-            reason = "the layers have different widths, and a stock config knows one width for all layers"
-        else:
-            reason = f"{type(stock).__name__} fixes the width of a head at hidden_size / heads"
-        return Rung("hf_cka", config.model_type, reason)
-    reason = f"{type(stock).__name__} rejects these sizes: {_rejection(uniform)}"
-    if base == "llama" and not (config.attention_bias or config.mlp_bias):
-        return Rung("relabel", "mistral", reason)
-    return Rung("hf_cka", config.model_type, reason)
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
 
 
-def relabelled_config(family: Family, config: Any) -> Any:
-    """Return the Mistral config that computes the same as a bias-free Llama with any number of heads.
+def _shorter(stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names: Sequence[str], model: Any) -> Any:
+    """The config of the stock class with fewer layers, where that computes the same; else why there is none."""
+    key = (stock, repr(sorted(dense.to_dict().items(), key=lambda i: i[0])), stack.path, stay)
+    if key not in _SHORTER:
+        _SHORTER[key] = _find_shorter(stock, dense, stack, stay, names, model)
+        while len(_SHORTER) > 512:
+            _SHORTER.pop(next(iter(_SHORTER)))
+    found = _SHORTER[key]
+    return found if isinstance(found, str) else copy.deepcopy(found)
 
-    Args:
-        family: the entry of the table.
-        config: the config of a model on the "relabel" rung.
-    """
-    from transformers import MistralConfig
 
-    shape = layer_shapes(family, config)[0]
-    fields = config.to_dict()
-    for name in (
-        "architectures",
-        "allow_global_per_layer_attribute_access",
-        "attention_bias",
-        "auto_map",
-        "base_model_type",
-        "hf_cka_layout",
-        "layer_types",  # transformers reads a mistral config with layer_types as another family
-        "mlp_bias",
-        "model_type",
-        "per_layer_config",
-        "pretraining_tp",
-        "transformers_version",
-    ):
-        fields.pop(name, None)
-    fields |= {
-        "head_dim": config_sizes(family, config, 0).head_dim,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "sliding_window": None,
-    }
-    return MistralConfig.from_dict(fields)
+def _find_shorter(stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names: Sequence[str], model: Any) -> Any:
+    general = "its layers compute with their own index, or others count them, so they keep their places"
+    try:
+        reference = _on_meta(stock, dense)
+    except Exception as error:
+        return f"{stock.__name__} cannot be built from its config alone ({type(error).__name__})"
+    new = _renames(reference, {stack.path: stay})
+    expected = {new(n): s for n, s in _shapes(reference).items() if new(n) is not None}
+    count = len(_children(reference, stack.path))
+    for edit in _depth_edits(dense, count, stay, stack.path):
+        config = edit(copy.deepcopy(dense))
+        with contextlib.suppress(Exception):
+            if _shapes(_on_meta(stock, config)) == expected and not _rejection(config):
+                return config if _same_on_twin(stock, dense, stack, stay, names, edit) else general
+    return f"no field of {type(dense).__name__} builds {stock.__name__} with just these layers"
+
+
+def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    yield path, config
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from _configs(value, f"{path}.{key}" if path else key)
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        config = getattr(config, name)
+    return config
+
+
+def _depth_edits(dense: Any, count: int, stay: tuple[int, ...], stack: str) -> Iterator[Any]:
+    """Ways to say in a config that only some layers are left, the likeliest first."""
+    fields = []
+    for path, config in _configs(dense):
+        for name, value in vars(config).items():
+            if type(value) is int and value == count and _DEPTH.search(name) and name not in _LEADING:
+                near = sum(word in name or word in path for word in re.split(r"[._]", stack) if len(word) > 3)
+                fields.append((-near, path, name))
+    fields.sort(key=lambda f: f[0])
+    for some in (*((f,) for f in fields), *itertools.combinations(fields, 2)):
+        for lists in (True, False):
+            yield _edit([(path, name) for _, path, name in some], count, stay, lists)
+
+
+def _edit(fields: Sequence[tuple[str, str]], count: int, stay: tuple[int, ...], lists: bool) -> Any:
+    def edit(config: Any) -> Any:
+        for path in dict.fromkeys(path for path, _ in fields):
+            own = _at(config, path)
+            for name, value in list(vars(own).items()):
+                if lists and isinstance(value, (list, tuple)) and len(value) == count and not name.startswith("_"):
+                    setattr(own, name, type(value)(value[i] for i in stay))
+                elif name in _LEADING and type(value) is int:
+                    setattr(own, name, sum(i < value for i in stay))
+                elif name == "_heterogeneity_spec" or name == "per_layer_config":
+                    _cut_per_layer(own, stay)
+        for path, name in fields:
+            setattr(_at(config, path), name, len(stay))
+        return config
+
+    return edit
+
+
+def _cut_per_layer(config: Any, stay: tuple[int, ...]) -> None:
+    table = config.to_dict().get("per_layer_config") or {}
+    by_index = {int(k): v for k, v in table.items() if str(k).isdecimal()}
+    config.per_layer_config = {new: by_index[old] for new, old in enumerate(stay) if old in by_index} or None
+
+
+def _same_on_twin(
+    stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names: Sequence[str], edit: Any
+) -> bool:
+    """Whether the stock class, built with fewer layers, computes what the twin does without them."""
+    twin = twin_of(stock, dense)
+    if twin is None or _unseen_matters(stock, dense, stack):
+        return False
+    layers = {layer.path: layer for layer in stack.layers}
+    with removed(twin.model, [(n, "layer", layers[n].returns) for n in names]):
+        expected = tried(twin)
+    try:
+        config = edit(copy.deepcopy(twin.model.config))
+        with quiet():
+            shorter = stock._from_config(config, dtype=twin.dense[0].dtype)
+        new = _renames(twin.model, {stack.path: stay})
+        weights = {new(n): t for n, t in twin.model.state_dict().items() if new(n) is not None}
+        shorter.load_state_dict(weights, strict=True)
+        shorter = shorter.to(next(p.dtype for p in twin.model.parameters() if p.is_floating_point())).eval()
+        made = outputs(shorter, twin.batch)
+    except Exception:
+        return False
+    return expected is not None and distance(expected, made) <= 1e3 * twin.tolerance
+
+
+def _unseen_matters(stock: Any, dense: Any, stack: Stack) -> bool:
+    """Whether a part of the model that no input reached may count the layers of a stack."""
+    unseen = findings_of(stock, dense).unseen
+    return any(not stack.path.startswith(f"{name}.") for name in unseen)
+
+
+def _uniform(
+    stock: Any, dense: Any, structure: Mapping[str, Any], model: Any, shortened: Mapping[str, Sequence[int]] = {}
+) -> Any:
+    """The stock config whose fields say the widths, where all layers have the same; else None."""
+    try:
+        built = _on_meta(stock, dense)
+        code.apply_structure(built, {**structure, "uncached": []})
+        expected = _shapes(built)
+    except Exception:
+        return None
+    config = copy.deepcopy(dense)
+    for entry in structure["narrowed"]:
+        counts = {len(code.numbers(text, entry["members"])) for text in entry["kept"].values()}
+        if len(counts) != 1:
+            return None
+    for entry in structure["narrowed"]:
+        (count,) = {len(code.numbers(text, entry["members"])) for text in entry["kept"].values()}
+        block = sum(b for _, b in entry["slices"][0][2])
+        config = _with_heads(config, entry, count, block) if block > 1 else _with_units(config, entry["members"], count)
+    for candidate in config if isinstance(config, list) else [config]:
+        with contextlib.suppress(Exception):
+            if _shapes(_on_meta(stock, candidate)) == expected:
+                return candidate
+    return None
+
+
+def _with_heads(config: Any, entry: Mapping[str, Any], count: int, block: int) -> Any:
+    """Fields that count heads or groups of heads, and the width of a head, which would follow them."""
+    members = entry["members"]
+    for path, own in _configs(config):
+        heads = [n for n, v in vars(own).items() if type(v) is int and v and v % members == 0 and _HEADS.search(n)]
+        counted = {n: getattr(own, n) for n in heads if "dim" not in n and "size" not in n}
+        if not counted or (path and not any(v in (members,) for v in counted.values())):
+            continue
+        most = max(counted.values())
+        own.head_dim = block * members // most  # also where the field is no part of the class: modules ask for it
+        for name, value in counted.items():
+            setattr(own, name, value // members * count)
+    return config
+
+
+def _with_units(config: Any, members: int, count: int) -> Any:
+    for _, own in _configs(config):
+        for name, value in list(vars(own).items()):
+            if _UNITS.search(name) and not name.startswith("_") and (value == members or (value is None and name == "n_inner")):
+                setattr(own, name, count)
+    return config
+
+
+

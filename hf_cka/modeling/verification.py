@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -12,8 +13,12 @@ from typing import Any
 
 import torch
 
+from hf_cka.anatomy.inputs import probe_batches
+from hf_cka.anatomy.model import twin_of
+from hf_cka.anatomy.twin import quiet
 from hf_cka.modeling.fresh_process import run_fresh
 from hf_cka.modeling.modeling_hf_cka import MODEL_TYPE
+from hf_cka.modeling.probe import compare_generation, generates, run_first
 
 _PROBE = Path(__file__).with_name("probe.py")
 
@@ -83,30 +88,35 @@ def verify_many(
     device: str | None = None,
     expected: Mapping[int, torch.Tensor] | None = None,
     attention: str | None = None,
+    inputs: Mapping[int, Sequence[Mapping[str, torch.Tensor]]] | None = None,
 ) -> list[Verification]:
     """Check several checkpoints in one fresh process; see `verify`.
 
     Args:
         folders: the checkpoints.
         device: where to load them.
-        expected: position in `folders` -> the logits of the model in memory, on the inputs of `probe_inputs`; they
-            must come back equal to the last bit.
+        expected: position in `folders` -> the logits of the model in memory, on the inputs of `inputs_for`; they must
+            come back equal to the last bit.
         attention: attention implementation to load them with.
+        inputs: position in `folders` -> what to run it on, the first that it takes; by default what its config says
+            it reads.
     """
     with tempfile.TemporaryDirectory() as scratch:
         jobs: list[dict[str, Any]] = []
         owners: list[int] = []
         for position, folder in enumerate(folders):
             config = _read_config(Path(folder))
-            inputs = Path(scratch) / f"inputs{position}.safetensors"
-            _save(probe_inputs(config), inputs)
+            tried = (inputs or {}).get(position) or candidates(config)
+            files = [str(Path(scratch) / f"inputs{position}.{i}.safetensors") for i in range(len(tried))]
+            for tensors, file in zip(tried, files, strict=True):
+                _save({name: value.contiguous() for name, value in tensors.items()}, Path(file))
             for way in ("remote", "package") if config.get("model_type") == MODEL_TYPE else ("stock",):
                 owners.append(position)
                 jobs.append(
                     {
                         "folder": str(Path(folder).resolve()),
                         "way": way,
-                        "inputs": str(inputs),
+                        "inputs": files,
                         "logits": str(Path(scratch) / f"logits{len(jobs)}.safetensors"),
                         "attention": attention,
                         "device": device or "cpu",
@@ -118,6 +128,8 @@ def verify_many(
         found: list[list[Check]] = [[] for _ in folders]
         reference = dict(expected or {})
         for owner, job, answer in zip(owners, jobs, answers, strict=True):
+            if any(answer.get("generation", {}).values()) and not _dense_generates(_read_config(Path(folders[owner]))):
+                answer["generation"] = {}  # the dense model's own caches change what it generates
             found[owner] += _checks(job, answer, reference, owner)
     return [Verification(str(f), tuple(checks)) for f, checks in zip(folders, found, strict=True)]
 
@@ -139,6 +151,60 @@ def probe_inputs(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def candidates(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Return inputs that a model of this config may take, the fullest first.
+
+    Args:
+        config: the content of `config.json`.
+    """
+    parts = [v for v in config.values() if isinstance(v, Mapping) and "model_type" in v]
+    if "vocab_size" in config and not parts and not config.get("is_encoder_decoder"):
+        return [probe_inputs(config)]
+    made = [
+        {name: value for name, value in batch.items()}
+        for batch in itertools.islice(probe_batches(_on_meta(config), rows=2), 24)
+    ]
+    return made + ([probe_inputs(config)] if "vocab_size" in {**config, **(config.get("text_config") or {})} else [])
+
+
+def inputs_for(model: Any, config: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return inputs that a model takes, and what it gives.
+
+    Args:
+        model: in eval mode.
+        config: the content of its `config.json`.
+    """
+    inputs, output = run_first(model, candidates(config))
+    return inputs, output.cpu()
+
+
+def _stock(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The stock class and the stock config that a `config.json` names."""
+    import transformers
+
+    name = (config.get("architectures") or [""])[0].removeprefix("Pruned")
+    stock = getattr(transformers, name)
+    kept = {k: v for k, v in config.items() if k not in ("hf_cka", "auto_map", "base_model_type", "model_type")}
+    return stock, stock.config_class.from_dict(kept)
+
+
+def _on_meta(config: Mapping[str, Any]) -> Any:
+    stock, plain = _stock(config)
+    with quiet(), torch.device("meta"):
+        return stock._from_config(plain)
+
+
+def _dense_generates(config: Mapping[str, Any]) -> bool:
+    """Whether the dense model generates the same with and without a cache, tried on its twin."""
+    try:
+        twin = twin_of(*_stock(config))
+    except (AttributeError, ValueError):
+        return True
+    if twin is None or not generates(twin.model, twin.batch):
+        return True
+    return not any(compare_generation(twin.model, twin.batch).values())
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

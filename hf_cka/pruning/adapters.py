@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_cka.anatomy import Anatomy, Family
+from hf_cka.anatomy import Anatomy
 from hf_cka.modeling import modeling_hf_cka as code
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 
 
 def adapter_configs(model: Any) -> Mapping[str, Any]:
@@ -111,38 +111,41 @@ def check_adapters(anatomy: Anatomy, plan: PruningPlan) -> None:
         whole = [m for m in config.modules_to_save or () if re.search(r"\d", m)]
         if whole:
             raise ValueError(f"Adapter {name!r} names modules_to_save by number ({whole}). {merge}")
-    for index in sorted({*plan.kept_groups, *plan.kept_units}):
-        for path in _cut_paths(anatomy, plan, index):
-            module: Any = code.part(anatomy.layer(index), path)
-            if hasattr(module, "base_layer") and (getattr(module, "lora_variant", None) or not _is_plain(module)):
-                kinds = {type(v).__name__ for v in (getattr(module, "lora_variant", None) or {}).values()}
-                raise ValueError(
-                    f"Layer {index}'s {path} carries {', '.join(sorted(kinds)) or type(module).__name__}, whose update "
-                    f"is not the same after some of its rows or columns go (only plain LoRA's is). {merge}"
-                )
-            if hasattr(module, "original_module"):
-                raise ValueError(f"Layer {index}'s {path} is in modules_to_save and would be narrowed. {merge}")
+    for path in _narrowed(anatomy, plan):
+        module: Any = code.part(anatomy.model, path)
+        if hasattr(module, "base_layer") and (getattr(module, "lora_variant", None) or not _is_plain(module)):
+            kinds = {type(v).__name__ for v in (getattr(module, "lora_variant", None) or {}).values()}
+            raise ValueError(
+                f"{path} carries {', '.join(sorted(kinds)) or type(module).__name__}, whose update is not the same "
+                f"after some of its rows or columns go (only plain LoRA's is). {merge}"
+            )
+        if hasattr(module, "original_module"):
+            raise ValueError(f"{path} is in modules_to_save and would be narrowed. {merge}")
     for name in configs:
         before = [path for path, module in _adapted(anatomy.model, name)]
         if before and all(_goes(anatomy, plan, path) for path in before):
             raise ValueError(f"The plan removes all {len(before)} modules that adapter {name!r} adapts. {merge}")
 
 
-def keep_adapted(module: Any, index: torch.Tensor, outputs: bool, transposed: bool) -> None:
-    """Keep the given outputs (or inputs) of a projection and of the adapters on it.
+def take_adapted(module: Any, name: str, axis: int, index: torch.Tensor) -> None:
+    """Keep the given indices of one axis of a parameter, and of the adapters on it.
 
     Args:
-        module: a projection or a norm, with adapters or without, changed in place.
-        index: which outputs or inputs stay, ascending.
-        outputs: whether these are outputs.
-        transposed: whether the projection stores (in, out); adapters never do.
+        module: which holds the parameter, with adapters or without; changed in place.
+        name: of the parameter.
+        axis: along which.
+        index: what stays, ascending.
     """
     if not hasattr(module, "base_layer"):
-        code.keep(module, index, outputs, transposed)
+        code.take(module, name, axis, index)
         return
-    keep_adapted(module.base_layer, index, outputs, transposed)
+    take_adapted(module.base_layer, name, axis, index)
+    if name != "weight":
+        return
+    # adapters never store the transpose, which Conv1D does
+    outputs = (axis == 0) != bool(getattr(module, "fan_in_fan_out", False))
     for factor in (module.lora_B if outputs else module.lora_A).values():
-        code.keep(factor, index, outputs, False)
+        code.take(factor, "weight", 0 if outputs else 1, index)
     setattr(module, "out_features" if outputs else "in_features", len(index))
 
 
@@ -207,26 +210,28 @@ def _names_exactly(model: Any, config: Any, paths: list[str]) -> bool:
     return {path for path in without if check_target_module_exists(config, path)} == set(paths)
 
 
-def _cut_paths(anatomy: Anatomy, plan: PruningPlan, index: int) -> list[str]:
-    """Modules of a layer that the plan narrows."""
-    family: Family = anatomy.family
-    paths = [
-        path
-        for role, path in anatomy.projections(index).items()
-        if index in (plan.kept_units if role in ("gate", "up", "gate_up", "down") else plan.kept_groups)
-    ]
-    if index in plan.kept_groups:
-        paths += family.position_projections + (family.query_key_norms if family.norm_scope == "all" else ())
-    return paths
+def _narrowed(anatomy: Anatomy, plan: PruningPlan) -> list[str]:
+    """Modules that the plan narrows, by dotted name in the model."""
+    found: dict[str, None] = {}
+    for part in plan.by_stack:
+        on = anatomy.on(part.stack) if part.stack else anatomy
+        for name, table in part.kept.items():
+            for index in table:
+                width = on.stack.layers[index].width(name)
+                for s in width.slices if width else ():
+                    found[f"{on.layer_name(index)}.{s.module}"] = None
+    return list(found)
 
 
 def _goes(anatomy: Anatomy, plan: PruningPlan, path: str) -> bool:
-    """Whether a module goes with a layer or sub-layer that the plan removes."""
-    if not path.startswith(f"{anatomy.layers_path}."):
-        return False
-    number, _, inner = path.removeprefix(f"{anatomy.layers_path}.").partition(".")
-    family, index = anatomy.family, int(number)
-    attention = (family.attention_core, family.projections["o"], *family.attention_norms)
-    mlp = (family.mlp or family.projections["down"], family.projections.get("up", ""), *family.mlp_norms)
-    gone = (attention if index in plan.removed_attention else ()) + (mlp if index in plan.removed_mlp else ())
-    return index in plan.removed_layers or any(part and f"{inner}.".startswith(f"{part}.") for part in gone)
+    """Whether a module goes with a layer or branch that the plan removes."""
+    for part in plan.by_stack:
+        on = anatomy.on(part.stack) if part.stack else anatomy
+        gone = [on.layer_name(i) for i in part.removed_layers]
+        for name, layers in part.removed_branches.items():
+            for i in layers:
+                branch = on.branch(i, name)
+                gone += [f"{on.layer_name(i)}.{m}" for m, _ in branch.modules] if branch else []
+        if any(f"{path}.".startswith(f"{g}.") for g in gone):
+            return True
+    return False

@@ -9,7 +9,7 @@ from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure,
 from hf_cka.pruning.criteria.depth import DEPTH
 from hf_cka.pruning.criteria.leave_one_out import calls_of
 from hf_cka.pruning.state import Run, sharing_copy
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.modeling.surgery import apply_plan
 
 # A lazy run scores this many structures again in one pass; they share the model's own pass.
 LAZY_BATCH = 6

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hf_cka.pruning.config import PruningConfig
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 
 VERSION = 1
 FILE = "pruning_history.json"

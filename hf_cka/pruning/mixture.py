@@ -17,9 +17,9 @@ from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usable, score
 from hf_cka.pruning.criteria.branches import RULES, USES
 from hf_cka.pruning.depth import counted, details_of, named, notes_of, score_structures
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.state import Run, sharing_copy
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.width import layer_parameters, sizes_plan, width_step
 from hf_cka.pruning.width_budgets import STRUCTURES, WidthSettings, WidthStep
 from hf_cka.pruning.width_parameters import ModelParameters

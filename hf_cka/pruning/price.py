@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_cka.anatomy import Anatomy, Family, LayerSizes, find_anatomy
 from hf_cka.pruning.adapters import own_parameters
-from hf_cka.pruning.plan import PruningPlan, family_and_config
+from hf_cka.modeling.plan import PruningPlan, family_and_config
 
 if TYPE_CHECKING:
     from hf_cka.modeling.structure import LayerShape, Rung

@@ -21,11 +21,11 @@ from hf_cka.pruning.criteria.base import check_usable
 from hf_cka.pruning.depth import check_reachable, prune_depth
 from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
 from hf_cka.pruning.mixture import check_mixture, prune_mixture
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.removable import num_parameters
 from hf_cka.pruning.repair import repair
 from hf_cka.pruning.state import Run, sharing_copy
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.width_run import check_width, prune_width
 from hf_cka.representations import distributed, is_main_process
 

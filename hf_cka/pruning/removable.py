@@ -6,14 +6,15 @@ Counting only: nothing is scored and nothing is removed here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from hf_cka.anatomy import Anatomy
-from hf_cka.modeling.structure import check_renumbering
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.adapters import own_parameters
 from hf_cka.pruning.criteria.base import Kind, Structure
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.pruning.width_parameters import Weights, own_named
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -26,11 +27,31 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in own_parameters(model))
 
 
-class Removable:
-    """What may be removed from one model as it is now.
+def plan_for(anatomy: Anatomy, **what: Any) -> PruningPlan:
+    """Return a plan for the stack that an anatomy is about; it names the stack where the model has several.
 
     Args:
-        anatomy: of the model. Make a new one after surgery.
+        anatomy: of the model, on that stack.
+        what: fields of the plan; nothing is removed without any.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_cka.anatomy import find_anatomy
+        >>> config = LlamaConfig(
+        ...     num_hidden_layers=2, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
+        ... )
+        >>> print(plan_for(find_anatomy(LlamaForCausalLM(config)), removed_layers=(1,)))
+        llama, 2 layers: removes 1 layers
+    """
+    stack = anatomy.stack.path if len(anatomy.stacks) > 1 else ""
+    return PruningPlan(anatomy.num_layers, anatomy.model_type, stack=stack, **what)
+
+
+class Removable:
+    """What may be removed from one stack of a model as it is now.
+
+    Args:
+        anatomy: of the model, on the stack. Make a new one after surgery.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,34 +68,43 @@ class Removable:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        # read once: the config of a model with uneven layers takes its time
-        self.skipped = [anatomy.skipped(i) for i in range(anatomy.num_layers)]
+        self.weights = Weights(anatomy.model)
+        self.names = [[name for name, _ in own_named(layer)] for layer in anatomy.layers]
 
     def plan(self, structures: Iterable[Structure]) -> PruningPlan:
         """Return the plan that removes structures.
 
-        A layer that loses both sub-layers goes as a whole, unless norms on the residual stream are left of it (BERT).
+        A layer that loses all of its branches goes as a whole, unless something on the residual stream is left of it
+        (BERT's norms). Where a layer has but one branch, that is the layer.
 
         Args:
-            structures: layers, runs and sub-layers, by current index.
+            structures: layers, runs and branches, by current index.
 
         Raises:
             ValueError: if they leave nothing.
         """
         layers: set[int] = set()
-        halves: dict[str, set[int]] = {"attention": set(), "mlp": set()}
+        branches: dict[str, set[int]] = {}
         for structure in structures:
-            (layers if structure.kind == "layer" else halves[structure.kind]).update(structure.layers)
-        if not self.anatomy.family.stream_norms:
-            for kind, other in (("attention", "mlp"), ("mlp", "attention")):
-                layers |= {i for i in halves[kind] if i in halves[other] or other in self.skipped[i]}
-        return PruningPlan(
-            num_layers=self.anatomy.num_layers,
-            model_type=self.anatomy.family.name,
-            removed_layers=tuple(layers),
-            removed_attention=tuple(halves["attention"] - layers),
-            removed_mlp=tuple(halves["mlp"] - layers),
+            (layers if structure.kind == "layer" else branches.setdefault(structure.kind, set())).update(
+                structure.layers
+            )
+        touched = set().union(*branches.values())
+        layers |= {i for i in touched if self._all_of(i, [name for name, some in branches.items() if i in some])}
+        return plan_for(
+            self.anatomy,
+            removed_layers=layers,
+            removed_branches={name: some - layers for name, some in branches.items()},
         )
+
+    def _all_of(self, index: int, names: Sequence[str]) -> bool:
+        """Whether branches are all that is left of a layer, so that it hands its input on without them."""
+        if not 0 <= index < self.anatomy.num_layers:
+            return False
+        layer = self.anatomy.stack.layers[index]
+        gone = {name for b in layer.branches if b.name in names for name in b.parameters}
+        whole = layer.single or set(self.names[index]) <= gone
+        return not layer.reason and {b.name for b in layer.branches} <= set(names) and whole
 
     def why_not(self, structures: Sequence[Structure]) -> str:
         """Return why structures cannot be removed together, or an empty string if they can.
@@ -83,41 +113,30 @@ class Removable:
             structures: by current index.
         """
         try:
-            plan = self.plan(structures)
-            check_renumbering(self.anatomy.family, self.anatomy.config, plan.kept_layers)
+            self.plan(structures).check(self.anatomy)
         except ValueError as error:
             return str(error)
-        mixing = [i for i in plan.kept_layers if "attention" not in self.skipped[i] and i not in plan.removed_attention]
-        return "" if mixing else "No attention would be left, so tokens could not see each other."
+        return ""
 
     def parameters(self, structures: Sequence[Structure]) -> int:
-        """Return how many parameters go with structures.
+        """Return how many parameters go with structures; one that is elsewhere as well stays.
 
         Args:
             structures: by current index.
         """
-        plan, family = self.plan(structures), self.anatomy.family
-        gone: dict[int, int] = {}
-
-        def add(module: nn.Module) -> None:
-            gone.update({id(p): p.numel() for p in own_parameters(module)})
-
-        for index in plan.removed_layers:
-            add(self.anatomy.layer(index))
-        for index in plan.removed_attention:
-            for path in (family.attention_core, family.projections["o"], *family.attention_norms):
-                add(self.anatomy.layer(index).get_submodule(path))
-        for index in plan.removed_mlp:
-            paths = (family.mlp,) if family.mlp else (family.projections["up"], family.projections["down"])
-            for path in (*paths, *family.mlp_norms):
-                add(self.anatomy.layer(index).get_submodule(path))
-        return sum(gone.values())
+        plan = self.plan(structures)
+        gone = [f"{self.anatomy.layer_name(i)}.{name}" for i in plan.removed_layers for name in self.names[i]]
+        for branch, layers in plan.removed_branches.items():
+            for i in layers:
+                there = self.anatomy.branch(i, branch)
+                gone += [f"{self.anatomy.layer_name(i)}.{name}" for name in (there.parameters if there else ())]
+        return self.weights.freed(gone)
 
     def candidates(self, kinds: Sequence[Kind], protect: Iterable[int], length: int = 1) -> list[Structure]:
         """Return the structures that may be removed, in the order of the layers.
 
         Args:
-            kinds: which kinds.
+            kinds: which kinds: "layer", or kinds of branches. A layer with one branch is offered as a layer.
             protect: current indices of layers that stay.
             length: layers in a run, for whole layers.
         """
@@ -138,11 +157,23 @@ class Removable:
         return text.rstrip()
 
     def _there(self, kinds: Sequence[Kind], kept: set[int], length: int) -> Iterator[Structure]:
-        for layer in range(self.anatomy.num_layers - length + 1):
+        for index, layer in enumerate(self.anatomy.stack.layers[: self.anatomy.num_layers - length + 1]):
             for kind in kinds:
-                structure = Structure(kind, layer, length if kind == "layer" else 1)
-                if not kept & set(structure.layers) and kind not in self.skipped[layer]:
-                    yield structure
+                if kind == "layer":
+                    found = [Structure("layer", index, length)]
+                elif self._is_one(index):
+                    alike = kind in {b.kind for b in layer.branches} or (not layer.branches and kind == kinds[0])
+                    found = [Structure("layer", index)] if alike else []
+                else:
+                    found = [Structure(b.name, index) for b in layer.branches if b.kind == kind]
+                yield from (s for s in found if not kept & set(s.layers))
+
+    def _is_one(self, index: int) -> bool:
+        """Whether a layer never had more than one branch, and is nothing but that."""
+        layer = self.anatomy.stack.layers[index]
+        if layer.skipped or len(layer.branches) > 1:
+            return False
+        return layer.single or self._all_of(index, [b.name for b in layer.branches]) or not layer.branches
 
     def most(self, structures: Sequence[Structure]) -> list[Structure]:
         """Return as many of the candidates as can be removed together, so that something is left."""

@@ -22,7 +22,7 @@ from hf_cka.lookup import lookup
 from hf_cka.pruning.adapters import added_weight
 from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, stream_inputs
 from hf_cka.pruning.normal_equations import Fit, NormalEquations
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.walk import Walk, is_held_out, kept_features
 from hf_cka.representations import evaluating
 

@@ -17,9 +17,9 @@ from hf_cka.data import Batch
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria.base import Kind, ScoringContext, Structure
 from hf_cka.pruning.history import PruningHistory, PruningStep
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.removable import Removable, num_parameters
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.representations import Pooling, resolve_pooling
 
 

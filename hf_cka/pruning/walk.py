@@ -21,7 +21,7 @@ from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import Structure
 from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, select_tokens
 from hf_cka.pruning.criteria.replay import call_with, entering, forwards, hidden_of, rewrap, silenced
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.representations import check_runnable, forward, token_mask
 
 # A branch is added to the residual stream if doubling its output moves the stream by a multiple of that output, up to

@@ -13,7 +13,7 @@ import torch
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.lookup import lookup
 from hf_cka.pruning.criteria.base import WidthScores
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.width_budgets import BUDGETS, WidthSettings, WidthStep, width_step
 from hf_cka.pruning.width_parameters import LayerParameters, ModelParameters, WidthSizes, layer_parameters
 

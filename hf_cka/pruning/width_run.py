@@ -8,7 +8,7 @@ import torch
 
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import Structure, WidthScores, check_usable, score
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.state import Run
 from hf_cka.pruning.width import layer_parameters, width_plan
 from hf_cka.pruning.width_budgets import STRUCTURES, WidthSettings

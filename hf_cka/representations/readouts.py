@@ -48,6 +48,7 @@ def collect(
     batches: Iterable[Batch],
     *,
     pooling: str | Pooling = "auto",
+    stack: str | None = None,
     progress: bool = True,
 ) -> Readouts:
     """Read every layer's input and output at one vector per sample.
@@ -59,6 +60,7 @@ def collect(
         model: any supported model, with or without a head, adapters or a ``device_map``.
         batches: model-ready dicts; read once.
         pooling: ``"auto"``, a name, or a :class:`Pooling` other than ``tokens``.
+        stack: which stack of layers, by path or part of it; by default the one with most parameters.
         progress: show a bar.
 
     Raises:
@@ -70,7 +72,7 @@ def collect(
         >>> readouts.outputs[3].shape  # doctest: +SKIP
         torch.Size([128, 576])
     """
-    anatomy = find_anatomy(model)
+    anatomy = find_anatomy(model, stack)
     rule = resolve_pooling(pooling, anatomy.kind)
     if rule.kind == "tokens":
         raise ValueError("pooling='tokens' has no fixed number of rows per sample: use stream_cka for it.")
@@ -93,6 +95,7 @@ def stream_cka(
     batches: Iterable[Batch],
     *,
     pooling: str | Pooling = "tokens",
+    stack: str | None = None,
     progress: bool = True,
 ) -> tuple[SimilarityResult, CalibrationInfo]:
     """Compute CKA between each layer's input and output without storing readouts.
@@ -103,6 +106,7 @@ def stream_cka(
         model: as in :func:`collect`.
         batches: as in :func:`collect`.
         pooling: any pooling.
+        stack: as in :func:`collect`.
         progress: show a bar.
 
     Returns:
@@ -114,7 +118,7 @@ def stream_cka(
     Example:
         >>> result, info = stream_cka(model, batches)  # doctest: +SKIP
     """
-    anatomy = find_anatomy(model)
+    anatomy = find_anatomy(model, stack)
     stream = _Stream()
     counted = run(anatomy, batches, resolve_pooling(pooling, anatomy.kind), stream, progress=progress)
     counted, parts, _ = _gather(counted, stream)

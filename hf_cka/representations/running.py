@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
+from hf_cka.anatomy.twin import tensors_of
 from hf_cka.data import Batch, CalibrationInfo, sample_digests
+from hf_cka.modeling.modeling_hf_cka import main_input
+from hf_cka.representations.masks import num_rows, rows_of
 from hf_cka.representations.pooling import Pooling, pool
 
 
@@ -87,7 +91,7 @@ def run(
     with evaluating(anatomy.model), tap.attached(), torch.no_grad():
         for index, batch in enumerate(tqdm(batches, desc=description, unit="batch", disable=not progress, delay=2)):
             mask = token_mask(batch, index)
-            tap.start(mask)
+            tap.start(batch)
             forward(anatomy, batch)
             points, pairs = tap.finish()
             _check_finite(points, pairs, index)
@@ -137,7 +141,8 @@ def token_mask(batch: Batch, index: int = 0) -> torch.Tensor:
     """Return which positions of a batch hold tokens, ``(batch, tokens)``, on the CPU.
 
     Args:
-        batch: a model-ready dict; without ``attention_mask`` every position counts.
+        batch: a model-ready dict; without ``attention_mask`` every position counts. A sample of pictures or sound is
+            one position: see :func:`hf_cka.representations.rows_of` for where a hidden state has more.
         index: of the batch, for the message.
 
     Raises:
@@ -146,11 +151,15 @@ def token_mask(batch: Batch, index: int = 0) -> torch.Tensor:
     if not hasattr(batch, "keys"):
         raise ValueError(f"Batch {index} is a {type(batch).__name__}; a dict with input_ids is needed.")
     given = batch.get("input_ids", batch.get("inputs_embeds"))
-    if not isinstance(given, torch.Tensor) or given.ndim < 2:
-        raise ValueError(
-            f"Batch {index} needs input_ids (batch, tokens) or inputs_embeds as a tensor; "
-            f"its keys are: {', '.join(batch)}."
-        )
+    if not isinstance(given, torch.Tensor):
+        if not any(isinstance(value, torch.Tensor) for value in batch.values()):
+            raise ValueError(
+                f"Batch {index} needs input_ids (batch, tokens), pixel_values, input_features or another tensor that "
+                f"the model reads; its keys are: {', '.join(batch)}."
+            )
+        return torch.ones(num_rows(batch), 1, dtype=torch.bool)  # pictures and sound: one whole a sample
+    if given.ndim < 2:
+        raise ValueError(f"input_ids of batch {index} has shape {tuple(given.shape)}; (batch, tokens) is needed.")
     mask = batch.get("attention_mask")
     if mask is None:
         return torch.ones(given.shape[:2], dtype=torch.bool)
@@ -172,16 +181,42 @@ def forward(anatomy: Anatomy, batch: Batch, *, head: bool = False) -> Any:
         head: run the head as well. Otherwise the backbone alone is run where it takes all the batch holds: the logits
             of a language model would cost more memory than everything that is measured.
     """
+    model: Any = anatomy.model
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label", "use_cache")}
-    accepted = inspect.signature(anatomy.backbone.forward).parameters
-    module = anatomy.backbone if not head and inputs.keys() <= accepted.keys() else anatomy.model
-    device = next(anatomy.embedding.parameters()).device
-    if device.type == "meta":  # offloaded: the hooks of the device map bring inputs where they belong
-        device = torch.device("cpu")
-    inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    module: Any = model
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs = _with_target(model, inputs, batch)
+    elif not head and inputs.keys() <= set(inspect.signature(anatomy.backbone.forward).parameters):
+        module = anatomy.backbone
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    # offloaded: the hooks of the device map bring inputs where they belong
+    device = torch.device("cpu") if first.device.type == "meta" else first.device
+    inputs = {
+        key: value.to(device, first.dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in inputs.items()
+    }
     if "use_cache" in inspect.signature(module.forward).parameters:
         inputs["use_cache"] = False
     return module(**inputs)
+
+
+def _with_target(model: Any, inputs: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """An encoder-decoder needs something to decode: the batch's own, what its labels say, or a first token."""
+    if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
+        return inputs
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return inputs
+    config = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(config, "pad_token_id", None) if start is None else start
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.ndim == 2 and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    if "input_ids" in inputs and not hasattr(model, "generate"):
+        return inputs  # a classifier shifts its own input
+    return {**inputs, "decoder_input_ids": torch.full((num_rows(batch), 1), start or 0)}
 
 
 class _Tap:
@@ -190,9 +225,9 @@ class _Tap:
     def __init__(self, anatomy: Anatomy, pooling: Pooling) -> None:
         self.anatomy = anatomy
         self.pooling = pooling
-        self.mask = torch.empty(0)
+        self.batch: Batch = {}
         self.points: list[torch.Tensor] = []
-        self.pairs: list[tuple[int, int]] = []
+        self.seen: dict[int, tuple[int, int]] = {}
         self.entered = -1
         self.last: tuple[torch.Tensor, int] | None = None  # what left the layer before, unpooled, and its index
 
@@ -200,40 +235,44 @@ class _Tap:
     def attached(self) -> Iterator[None]:
         handles = []
         try:
-            for layer in self.anatomy.layers:
+            for index, layer in enumerate(self.anatomy.layers):
                 handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-                handles.append(layer.register_forward_hook(self._after))
+                handles.append(layer.register_forward_hook(partial(self._after, index)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self.last = None
 
-    def start(self, mask: torch.Tensor) -> None:
-        self.mask = mask
-        self.points, self.pairs, self.last = [], [], None
+    def start(self, batch: Batch) -> None:
+        self.batch = batch
+        self.points, self.seen, self.last = [], {}, None
 
     def finish(self) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
         self.last = None
-        if len(self.pairs) != self.anatomy.num_layers:
+        if len(self.seen) != self.anatomy.num_layers:
+            tower = self.anatomy.backbone_path or type(self.anatomy.model).__name__
             raise RuntimeError(
-                f"{len(self.pairs)} of {self.anatomy.num_layers} layers ran in the forward pass; "
-                "layers that are skipped at random (layerdrop) or compiled away cannot be read."
+                f"{len(self.seen)} of {self.anatomy.num_layers} layers of {tower!r} ran in the forward pass on "
+                f"{', '.join(self.batch)}. A tower that the batch never reaches needs its own input (pixel_values, "
+                "input_features); layers that are skipped at random (layerdrop) or compiled away cannot be read."
             )
-        return self.points, self.pairs
+        return self.points, [self.seen[i] for i in range(self.anatomy.num_layers)]
 
     def _add(self, hidden: torch.Tensor) -> int:
-        self.points.append(pool(hidden, self.mask.to(hidden.device), self.pooling))
+        rows, mask = rows_of(hidden, self.batch, self.anatomy)
+        self.points.append(pool(rows, mask.to(rows.device), self.pooling))
         return len(self.points) - 1
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = main_input(args, kwargs)
         self.entered = self.last[1] if self.last is not None and hidden is self.last[0] else self._add(hidden)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
+    def _after(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = tensors_of(output)[0]
         left = self._add(hidden)
-        self.pairs.append((self.entered, left))
+        # a layer that runs several times: what first entered and what last left it
+        self.seen[index] = (self.seen[index][0] if index in self.seen else self.entered, left)
         self.last = (hidden, left)
 
 

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ def select_layers(
     pooling: str | Pooling = "auto",
     paper: bool = False,
     exclude: Sequence[int] = (),
+    stack: str | Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> LayerSelection:
@@ -62,6 +63,8 @@ def select_layers(
         paper: reproduce arXiv 2602.05988: biased linear CKA, CLS for encoders and last token for decoders, and never
             the first layer of an encoder.
         exclude: layers that are never chosen.
+        stack: which stack of layers to choose in, by path or part of it; several; or ``"all"``. By default the one
+            with most parameters, and of an encoder-decoder both. The selection's ``others`` hold all but the first.
         seed: of ``random``.
         progress: show a bar.
 
@@ -79,6 +82,16 @@ def select_layers(
     """
     score = lookup(CRITERIA, criterion, "criterion")
     anatomy = find_anatomy(model)
+    if isinstance(batches, Readouts) and stack is None:
+        stack = anatomy.layers_path
+    paths = _stacks(anatomy, stack)
+    if len(paths) > 1:
+        data = batches if batches is None or isinstance(batches, (Sequence, Readouts)) else list(batches)
+        options: dict[str, Any] = {"criterion": criterion, "kernel": kernel, "estimator": estimator, "pooling": pooling}
+        options |= {"paper": paper, "exclude": exclude, "seed": seed, "progress": progress}
+        first, *rest = [select_layers(model, data, keep_ratio, stack=path, **options) for path in paths]
+        return replace(first, others=tuple(rest))
+    anatomy = anatomy.on(paths[0])
     if paper:
         if criterion != "cka" or kernel != "linear":
             raise ValueError(f"paper=True is linear CKA; got criterion={criterion!r}, kernel={kernel!r}.")
@@ -113,10 +126,32 @@ def select_layers(
         model_type=str(getattr(anatomy.model.config, "model_type", "")),
         layers_path=anatomy.layers_path,
         projections=anatomy.linear_names,
+        modules=_modules(anatomy),
         ambiguous=_ambiguous(anatomy),
         settings=settings,
         calibration=calibration,
     )
+
+
+def _stacks(anatomy: Anatomy, stack: str | Sequence[str] | None) -> list[str]:
+    """Paths of the stacks to choose in."""
+    if stack is None:
+        towers = anatomy.stacks[:2] if getattr(anatomy.model.config, "is_encoder_decoder", False) else ()
+        both = {word for s in towers for word in ("encoder", "decoder") if word in s.path.split(".")}
+        return [s.path for s in towers] if len(both) == 2 else [anatomy.layers_path]
+    if stack == "all":
+        return [s.path for s in anatomy.stacks]
+    return [anatomy.on(name).layers_path for name in ([stack] if isinstance(stack, str) else stack)]
+
+
+def _modules(anatomy: Anatomy) -> tuple[tuple[str, ...], ...]:
+    """Full names of the projections of every layer, where they do not follow from number and projection."""
+    layers = anatomy.stack.layers
+    plain = all(
+        layer.path == f"{anatomy.layers_path}.{i}" and layer.linears == anatomy.linear_names
+        for i, layer in enumerate(layers)
+    )
+    return () if plain else tuple(tuple(f"{layer.path}.{n}" for n in layer.linears) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -144,7 +179,9 @@ class _Question:
         data = self.data()
         if isinstance(data, Readouts):
             return data
-        return collect(self.model, data, pooling=self.pooling, progress=self.progress)
+        return collect(
+            self.model, data, pooling=self.pooling, stack=self.anatomy.layers_path, progress=self.progress
+        )
 
 
 _Answer = tuple[Scores, CalibrationInfo | None]
@@ -155,7 +192,10 @@ def _cka(question: _Question) -> _Answer:
     if question.pooling.kind == "tokens" and not isinstance(data, Readouts):
         if question.kernel != "linear":
             raise ValueError(f"Streamed token statistics are linear CKA only; got kernel={question.kernel!r}.")
-        result, info = stream_cka(question.model, data, pooling=question.pooling, progress=question.progress)
+        where = question.anatomy.layers_path
+        result, info = stream_cka(
+            question.model, data, pooling=question.pooling, stack=where, progress=question.progress
+        )
         pairs = list(result.pairs)
     else:
         readouts = question.readouts()
@@ -170,9 +210,11 @@ def _block_influence(question: _Question) -> _Answer:
     readouts = question.readouts()
     change = measure("block_influence")
     scores = tuple(
-        _or_none(change(entered, left)) for entered, left in zip(readouts.inputs, readouts.outputs, strict=True)
+        _or_none(change(entered, left)) if entered.shape == left.shape else None
+        for entered, left in zip(readouts.inputs, readouts.outputs, strict=True)
     )
-    return Scores(scores, (None,) * len(scores), ("ok",) * len(scores)), readouts.info
+    status = tuple("another shape" if score is None else "ok" for score in scores)
+    return Scores(scores, (None,) * len(scores), status), readouts.info
 
 
 def _from_similarity(result: SimilarityResult, pairs: Sequence[tuple[int, int]], values: np.ndarray) -> Scores:
@@ -234,6 +276,8 @@ def _count(keep_ratio: float, layers: int, exclude: Sequence[int], criterion: st
         raise ValueError(f"exclude names layers {strange}, but the model has layers 0 to {layers - 1}.")
     if criterion == "all":
         return layers - len(exclude)
+    if layers == 1 and not exclude:
+        return 1  # there is nothing to choose from
     # The small addition makes 0.29 * 100 twenty-nine: floats fall just below.
     count = math.floor(keep_ratio * layers + 1e-9)
     if count < 1:

@@ -37,6 +37,9 @@ class LayerSelection:
         projections: names of the linear modules of a layer, relative to it.
         ambiguous: true if those short names also match modules outside these layers (several towers).
         calibration: what was measured; None for criteria that need no data.
+        modules: full names of the projections of every layer, where layers differ; empty where name follows from
+            number and projection.
+        others: the choices in further stacks of the same model.
         hf_cka_version: that made this.
         version: of this format.
 
@@ -65,6 +68,8 @@ class LayerSelection:
     ambiguous: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     calibration: CalibrationInfo | None = None
+    modules: tuple[tuple[str, ...], ...] = ()
+    others: tuple[LayerSelection, ...] = ()
     hf_cka_version: str = hf_cka.__version__
     version: int = 1
 
@@ -102,7 +107,7 @@ class LayerSelection:
         Raises:
             ValueError: if nothing matches.
         """
-        names = [f"{self.layers_path}.{i}.{name}" for i in self.layers for name in self.projections]
+        names = self._names()
         if target_modules is None or target_modules == "all-linear":
             return names
         if isinstance(target_modules, str):
@@ -116,6 +121,13 @@ class LayerSelection:
                 f"a layer of this model has: {', '.join(self.projections)}."
             )
         return chosen
+
+    def _names(self) -> list[str]:
+        if self.modules:
+            own = [name for i in self.layers for name in self.modules[i]]
+        else:
+            own = [f"{self.layers_path}.{i}.{name}" for i in self.layers for name in self.projections]
+        return own + [name for other in self.others for name in other._names()]
 
     def lora_kwargs(self, target_modules: str | Iterable[str] | None = None, *, exact: bool = False) -> dict[str, Any]:
         """Return the arguments that make a ``LoraConfig`` adapt only the chosen layers.
@@ -132,7 +144,7 @@ class LayerSelection:
         """
         names = self.module_names(target_modules)
         pattern = self.layers_path.rpartition(".")[2]
-        if exact or self.ambiguous or "." not in self.layers_path:
+        if exact or self.ambiguous or self.modules or self.others or "." not in self.layers_path:
             return {"target_modules": names}
         prefix = re.compile(re.escape(self.layers_path) + r"\.\d+\.")
         return {
@@ -150,9 +162,11 @@ class LayerSelection:
             ...     projections=("mlp.up_proj",)).target_regex()
             'model\\\\.layers\\\\.(0|2)\\\\.(mlp\\\\.up_proj)'
         """
-        kwargs = self.lora_kwargs(target_modules, exact=True)
+        names = self.module_names(target_modules)
         start = f"{self.layers_path}."
-        relative = sorted({name[len(start) :].partition(".")[2] for name in kwargs["target_modules"]})
+        if self.modules or self.others:
+            return "|".join(map(re.escape, names))
+        relative = sorted({name[len(start) :].partition(".")[2] for name in names})
         numbers = "|".join(map(str, self.layers))
         return f"{re.escape(self.layers_path)}\\.({numbers})\\.({'|'.join(map(re.escape, relative))})"
 
@@ -175,14 +189,16 @@ class LayerSelection:
             note = "" if self.status[i] == "ok" else f"  ({self.status[i]})"
             shown = f"{error:7.4f}" if error is not None else " " * 7
             lines.append(f"{i:>5}  {rank[i]:>4}  {score:8.4f}  {shown}  {mark:<6}  {bar}{note}".rstrip())
-        lines.append(f"{len(self.layers)} of {self.num_hidden_layers} layers chosen by {self.criterion}.")
+        where = f" of {self.layers_path}" if self.others else ""
+        lines.append(f"{len(self.layers)} of {self.num_hidden_layers} layers{where} chosen by {self.criterion}.")
         if self.ties:
             lines.append("~ within one standard error of the cut: more samples may choose otherwise.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"\n{other.table()}" for other in self.others)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         data = asdict(self)
+        data["others"] = [other.to_dict() for other in self.others]
         data["num_hidden_layers"] = self.num_hidden_layers
         data["targets_hash"] = self.targets_hash()
         return json.loads(json.dumps(data))
@@ -198,6 +214,8 @@ class LayerSelection:
             raise ValueError(f"Selection format {data.get('version')!r} is not known here (1 is): update hf_cka.")
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        values["modules"] = tuple(map(tuple, values.get("modules") or ()))
+        values["others"] = tuple(cls.from_dict(other) for other in data.get("others") or ())
         if values.get("calibration") is not None:
             values["calibration"] = CalibrationInfo(**values["calibration"])
         try:

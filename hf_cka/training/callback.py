@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from hf_cka.anatomy import find_anatomy
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.history import PruningHistory
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.pruners import prune_further, start_history
 from hf_cka.pruning.width_parameters import layer_parameters
 from hf_cka.training.checks import check_run

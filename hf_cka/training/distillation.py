@@ -141,7 +141,7 @@ def layer_map(student: Any) -> dict[int, int]:
         >>> layer_map(apply_plan(model, PruningPlan(3, "llama", removed_layers=(1,))))
         {0: 0, 1: 2}
     """
-    from hf_cka.pruning.plan import PruningPlan
+    from hf_cka.modeling.plan import PruningPlan
 
     anatomy = find_anatomy(student)
     record = getattr(anatomy.config, "pruning", None) or {}

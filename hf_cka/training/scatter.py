@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from hf_cka.anatomy import find_anatomy
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.state import sharing_copy
-from hf_cka.pruning.surgery import parameter_map
+from hf_cka.modeling.surgery import parameter_map
 
 _WEIGHTS = "adapter_model.safetensors"
 

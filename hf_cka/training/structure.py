@@ -15,9 +15,9 @@ from torch import nn
 from hf_cka.anatomy import find_anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.criteria.inputs import output_projections
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.repair import repair
-from hf_cka.pruning.surgery import apply_plan, parameter_map
+from hf_cka.modeling.surgery import apply_plan, parameter_map
 from hf_cka.training.distributed import rebuild_ddp
 from hf_cka.training.optimizer import check_followable, follow
 

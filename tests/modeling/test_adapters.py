@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_cka.modeling import load_adapter, translate_adapter
-from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
 from tests.tiny import tiny_batch, tiny_model
 
 DEPTH = {"removed_layers": (1,), "removed_attention": (2,)}

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cka.modeling import save_pruned
 from hf_cka.modeling.probe import align
-from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.surgery import apply_plan
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
 from tests.tiny import tiny_batch, tiny_model
 
 MIXED = {"removed_attention": (0,), "removed_mlp": (3,), "kept_units": {1: range(7)}, "kept_groups": {2: (1,)}}

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.pruning.config import PruningConfig
-from hf_cka.pruning.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.pruners import prune
-from hf_cka.pruning.surgery import apply_plan, parameter_map
+from hf_cka.modeling.surgery import apply_plan, parameter_map
 from tests.pruning.test_surgery import make_plan, zero_out
 from tests.tiny import tiny_batch, tiny_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,21 +17,24 @@ from hf_cka.representations import Pooling
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["layer", "attention", "mlp"]
+#: "layer", or the name of a branch: plain ("attention", "mlp", "cross_attention"), or qualified ("mlp:ffn2")
+Kind = str
 KINDS: tuple[Kind, ...] = ("layer", "attention", "mlp")
+_BRANCHES = ("attention", "cross_attention", "mlp")
 
 
 @dataclass(frozen=True, order=True)
 class Structure:
-    """Something that depth pruning can remove: a layer, one of its sub-layers, or a run of layers.
+    """Something that depth pruning can remove: a layer, one of its branches, or a run of layers.
 
     Args:
-        kind: ``"layer"``, ``"attention"`` or ``"mlp"``.
+        kind: ``"layer"``, or the name of a branch: ``"attention"``, ``"mlp"``, ``"cross_attention"``, or a further one
+            of these by its qualified name (``"mlp:ffn2"``).
         layer: its current index in the model that is scored; of a run, the first.
         length: layers in the run; 1 for anything else.
 
     Raises:
-        ValueError: for another kind, a negative index, or a run of sub-layers.
+        ValueError: for another kind, a negative index, or a run of branches.
 
     Example:
         >>> print(Structure("attention", 3), "|", Structure("layer", 4, length=3))
@@ -43,12 +46,23 @@ class Structure:
     length: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"Unknown kind of structure {self.kind!r}. Known: {', '.join(map(repr, KINDS))}.")
+        if self.kind != "layer" and self.branch_kind not in _BRANCHES:
+            known = ", ".join(map(repr, ("layer", *_BRANCHES)))
+            raise ValueError(f"Unknown kind of structure {self.kind!r}. Known: {known}.")
         if self.layer < 0 or self.length < 1:
             raise ValueError(f"layer={self.layer} and length={self.length} must be at least 0 and 1.")
         if self.length > 1 and self.kind != "layer":
             raise ValueError(f"length={self.length}: only whole layers come in runs, not {self.kind!r}.")
+
+    @property
+    def branch_kind(self) -> str:
+        """What kind of branch it is, "" for a layer.
+
+        Example:
+            >>> Structure("mlp:ffn2", 0).branch_kind
+            'mlp'
+        """
+        return "" if self.kind == "layer" else self.kind.partition(":")[0]
 
     @property
     def layers(self) -> range:
@@ -133,8 +147,8 @@ class WidthScores:
     """How much each KV group and each MLP unit matters; higher = keep.
 
     Args:
-        kv_groups: per layer ``(num_kv_groups,)``, float64 on the CPU; empty where the attention was removed or is
-            not scored.
+        kv_groups: per layer one value for each KV group (or head, or channel of another mixer), float64 on the CPU;
+            empty where there are none, or they are not scored.
         units: per layer ``(intermediate_size,)``, likewise.
 
     Raises:
@@ -199,7 +213,7 @@ class CriterionEntry:
         score: ``(context, structures) -> DepthScores``, or ``(context) -> WidthScores``.
         description: one sentence: what is measured.
         source: the paper.
-        kinds: the structures it can score.
+        kinds: the structures it can score; who scores attention scores every branch that mixes tokens.
         needs_data: it reads the batches.
         needs_logits: it reads the logits of the model's head.
         needs_next_token: it reads the logits as a prediction of the next token.
@@ -223,6 +237,11 @@ class CriterionEntry:
     needs_adapters: bool = False
     lazy: bool = False
 
+    def scores(self, structure: Structure) -> bool:
+        """Return whether a structure is of a kind that the criterion can score."""
+        kind = structure.branch_kind.removeprefix("cross_") or "layer"
+        return kind in self.kinds
+
 
 def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Sequence[Structure] = ()) -> None:
     """Refuse a criterion that this model or this data cannot feed, before anything is computed.
@@ -236,7 +255,7 @@ def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Seq
         ValueError: for a kind of structure that it cannot score, no data, no labels, no head, or an encoder where the
             next token is needed.
     """
-    wrong = sorted({s.kind for s in structures} - set(entry.kinds))
+    wrong = sorted({s.kind for s in structures if not entry.scores(s)})
     if wrong:
         raise ValueError(
             f"Criterion {entry.name!r} cannot score {', '.join(wrong)}; it scores {', '.join(entry.kinds)}."
@@ -261,7 +280,7 @@ def check_usable(entry: CriterionEntry, context: ScoringContext, structures: Seq
             f"Criterion {entry.name!r} reads LoRA adapters, and {type(model).__name__} carries none. Add some "
             "and train them (get_peft_model), or use 'taylor'."
         )
-    if entry.needs_next_token and context.anatomy.kind != "decoder":
+    if entry.needs_next_token and not any(stack.causal for stack in context.anatomy.stacks):
         raise ValueError(
             f"Criterion {entry.name!r} measures the prediction of the next token, and {type(model).__name__} is an "
             "encoder. Use 'cka' or 'kl'."

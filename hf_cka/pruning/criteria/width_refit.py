@@ -138,7 +138,7 @@ class Probe:
 
 def _gram_matrices(context: ScoringContext) -> Iterator[tuple[tuple[int, str], torch.Tensor]]:
     """((layer, role), Gram matrix of what enters the projection), layer by layer: few are in memory at once."""
-    from hf_cka.pruning.plan import PruningPlan
+    from hf_cka.modeling.plan import PruningPlan
     from hf_cka.pruning.walk import Walk  # a repair's tool, which itself looks at criteria
 
     anatomy = context.anatomy

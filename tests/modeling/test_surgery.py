@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_cka.anatomy import find_anatomy
-from hf_cka.pruning.plan import PruningPlan
-from hf_cka.pruning.surgery import apply_plan, parameter_map
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan, parameter_map
 from tests.tiny import DECODERS, SETTINGS, tiny_batch, tiny_model
 
 OPERATIONS = {
