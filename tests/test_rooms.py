@@ -26,6 +26,7 @@ ROOMS = (
     "cli",
 )
 HEAVY = ("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn", "lm_eval", "codecarbon")
+HEAVY += ("PIL", "soundfile", "jiwer")
 
 
 def _room(module: str) -> str:
