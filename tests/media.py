@@ -135,7 +135,7 @@ def tiny_whisper() -> tuple[Any, Any]:
     torch.manual_seed(0)
     vocabulary = {"<|endoftext|>": 0, "<|startoftranscript|>": 1, "<|notimestamps|>": 2}
     vocabulary |= {letter: index + 3 for index, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}
-    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|startoftranscript|>", "<|notimestamps|>"]})
     processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=20, chunk_length=1), tokenizer)
     config = WhisperConfig(

@@ -25,8 +25,21 @@ ROOMS = (
     "hub",
     "cli",
 )
-HEAVY = ("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn", "lm_eval", "codecarbon")
-HEAVY += ("PIL", "soundfile", "jiwer")
+HEAVY = (
+    "peft",
+    "PIL",
+    "soundfile",
+    "jiwer",
+    "trl",
+    "datasets",
+    "matplotlib",
+    "jinja2",
+    "gguf",
+    "pandas",
+    "sklearn",
+    "lm_eval",
+    "codecarbon",
+)
 
 
 def _room(module: str) -> str:
