@@ -26,19 +26,8 @@ ROOMS = (
     "cli",
 )
 HEAVY = (
-    "peft",
-    "PIL",
-    "soundfile",
-    "jiwer",
-    "trl",
-    "datasets",
-    "matplotlib",
-    "jinja2",
-    "gguf",
-    "pandas",
-    "sklearn",
-    "lm_eval",
-    "codecarbon",
+    *("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn", "lm_eval", "codecarbon"),
+    *("PIL", "soundfile", "jiwer"),
 )
 
 

@@ -92,8 +92,8 @@ def load_processor(model_folder: str | Path, trust_remote_code: bool = False) ->
     if text or len(nested) > 1 or (nested and "processor_class" in settings):
         joined = AutoProcessor.from_pretrained(name, **options)
         # where no processor joins the two it is the tokenizer alone, which says nothing to a model without words
-        words = hasattr(AutoConfig.from_pretrained(name, **options), "vocab_size")
-        if words or parts_of(joined) != Parts(tokenizer=joined):
+        alone = parts_of(joined) == Parts(tokenizer=joined)
+        if not alone or hasattr(AutoConfig.from_pretrained(name, **options), "vocab_size"):
             return joined
     sound = "sampling_rate" in settings or "feature_extractor" in nested
     return (AutoFeatureExtractor if sound else AutoImageProcessor).from_pretrained(name, **options)
