@@ -49,7 +49,11 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 def pictures(count: int = 3) -> dict[str, bytes]:
     """Class folders "cat" and "dog" of pictures that all differ."""
-    return {f"{kind}/{i}.png": png(20 * i + 100 * at) for at, kind in enumerate(("cat", "dog")) for i in range(count)}
+    return {
+        f"{kind}/{i}.png": png((20 * i + 100 * at) % 251)
+        for at, kind in enumerate(("cat", "dog"))
+        for i in range(count)
+    }
 
 
 def sounds(count: int = 2) -> dict[str, bytes]:

@@ -16,19 +16,22 @@ from hf_cka.data.batches import (
     sample_digests,
 )
 from hf_cka.data.calibrating import calibration
-from hf_cka.data.inputs import alike, hear, readable, see
+from hf_cka.data.inputs import Readable, alike, hear, see
 from hf_cka.data.labels import class_names, label_ids
-from hf_cka.data.media import Unreadable, media_column, read_audio, read_image, undecoded
+from hf_cka.data.media import AUDIO, IMAGE, Unreadable, media_column, read_audio, read_image, undecoded
 from hf_cka.data.processors import Parts, decoder_start, load_processor, parts_of
 from hf_cka.data.sources import file_builder, is_collection, load_rows, public_name
 from hf_cka.data.text import caption, row_pair, row_text
 
 __all__ = [
+    "AUDIO",
+    "IMAGE",
     "MAIN_INPUTS",
     "Batch",
     "CalibrationBatches",
     "CalibrationInfo",
     "Parts",
+    "Readable",
     "Row",
     "Unreadable",
     "alike",
@@ -51,7 +54,6 @@ __all__ = [
     "public_name",
     "read_audio",
     "read_image",
-    "readable",
     "row_pair",
     "row_text",
     "sample_digests",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hf_cka.data.batches import CalibrationBatches, Row, decoder_inputs, pad
-from hf_cka.data.inputs import alike, hear, readable, see, see_and_read
+from hf_cka.data.inputs import Readable, alike, hear, see, see_and_read
 from hf_cka.data.labels import class_names, label_ids
 from hf_cka.data.media import AUDIO, IMAGE, media_column, read_audio, read_image, undecoded
 from hf_cka.data.processors import Parts, parts_of
@@ -137,7 +137,9 @@ class _Media:
             )
 
     def batches(self, rows: Sequence[Row], batch_size: int) -> list[dict[str, torch.Tensor]]:
-        read, self.skipped = readable(rows, self._read)
+        reading = Readable(rows, self._read)
+        read = list(reading)
+        self.skipped = reading.skipped
         kept = [rows[index] for index, _ in read]
         items = [item for _, item in read]
         texts = self._texts(kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -13,40 +13,49 @@ import torch
 from hf_cka.data.batches import Row
 from hf_cka.data.media import Unreadable
 
+T = TypeVar("T")
 _NAMED = 5  # skipped samples that a message names
 
 
-def readable(rows: Iterable[Row], read: Callable[[Row], Any]) -> tuple[list[tuple[int, Any]], list[str]]:
-    """Read what each row holds, and leave out what cannot be read.
+class Readable(Generic[T]):
+    """What rows hold, read one after the other; what cannot be read is left out, and named in a warning at the end.
 
     Args:
         rows: of a data set.
         read: returns what a row holds, or raises :class:`hf_cka.data.Unreadable`.
 
-    Returns:
-        The rows' numbers with what was read, and the messages of the others, which are warned of.
+    Yields:
+        The row's number and what was read. ``skipped`` holds the messages of the others.
 
     Raises:
-        ValueError: if none can be read.
+        ValueError: at the end, if there was something and none of it could be read.
 
     Example:
         >>> from hf_cka.data import read_image
-        >>> readable([{"image": np.zeros((2, 2), np.uint8)}], lambda row: read_image(row["image"]).size)
-        ([(0, (2, 2))], [])
+        >>> list(Readable([{"image": np.zeros((2, 2), np.uint8)}], lambda row: read_image(row["image"]).size))
+        [(0, (2, 2))]
     """
-    found, wrong = [], []
-    for index, row in enumerate(rows):
-        try:
-            found.append((index, read(row)))
-        except Unreadable as error:
-            wrong.append(str(error))
-    listed = "; ".join(wrong[:_NAMED]) + (f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
-    total = len(found) + len(wrong)
-    if wrong and not found:
-        raise ValueError(f"None of the {total} samples can be read: {listed}.")
-    if wrong:
-        warnings.warn(f"Left out {len(wrong)} of {total} samples that cannot be read: {listed}.", stacklevel=3)
-    return found, wrong
+
+    def __init__(self, rows: Iterable[Row], read: Callable[[Row], T]) -> None:
+        self.rows, self.read = rows, read
+        self.skipped: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[int, T]]:
+        self.skipped, total = [], 0
+        for index, row in enumerate(self.rows):
+            total += 1
+            try:
+                found = self.read(row)
+            except Unreadable as error:
+                self.skipped.append(str(error))
+                continue
+            yield index, found
+        wrong = self.skipped
+        listed = "; ".join(wrong[:_NAMED]) + (f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
+        if wrong and len(wrong) == total:
+            raise ValueError(f"None of the {total} samples can be read: {listed}.")
+        if wrong:
+            warnings.warn(f"Left out {len(wrong)} of {total} samples that cannot be read: {listed}.", stacklevel=3)
 
 
 def hear(extractor: Any, sounds: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
