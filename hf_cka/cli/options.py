@@ -46,7 +46,7 @@ def load_calibration(
     from hf_cka.data import calibration, decoder_start, load_rows, public_name
 
     classifies = "Classification" in type(model).__name__
-    labels = {str(name): int(index) for name, index in model.config.label2id.items()} if classifies else None
+    labels = {str(name): int(index) for name, index in (model.config.label2id or {}).items()} if classifies else None
     return calibration(
         load_rows(dataset, split),
         processor,

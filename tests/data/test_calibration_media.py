@@ -171,3 +171,40 @@ def test_real_pictures_and_speech(assets):
     assert batches.num_samples == 20
     (batch,) = hf_cka.calibration([{"audio": assets / "audio" / "jfk.flac"}], tiny_whisper()[1], max_seconds=2)
     assert batch["input_features"].shape == (1, 20, 100)
+
+
+@pytest.mark.parametrize("template", [None, "[{{ messages[0].role }}] <image> {{ messages[0].content[1].text }} w1 w2"])
+def test_a_model_that_reads_pictures_inside_its_text(template):
+    """The text is the last thing in it: what a template appends is the same for every sample."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    from tests.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer("cat", "dog", "<image>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token = "<image>"
+    processor = LlavaProcessor(
+        vit_processor(),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    rows = [{"image": png(3), "text": "w5 cat w7"}, {"image": png(9), "text": "dog"}]
+    (batch,) = hf_cka.calibration(rows, processor)
+    image, cat, dog = tokenizer.convert_tokens_to_ids(["<image>", "cat", "dog"])
+    assert (batch["input_ids"] == image).sum(1).tolist() == [4, 4]
+    last = [ids[mask.bool()][-1].item() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert sorted(last) == sorted([tokenizer("w7")["input_ids"][0], dog])
+    assert cat in batch["input_ids"]
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config={**small, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+        text_config={**small, "model_type": "llama", "vocab_size": 96, "num_key_value_heads": 2},
+        image_token_index=image,
+        vision_feature_layer=-1,
+    )
+    with torch.no_grad():
+        assert LlavaForConditionalGeneration(config).eval()(**batch).logits.isfinite().all()

@@ -202,3 +202,11 @@ def test_real_pictures_go_through_a_model_by_name(assets, tmp_path) -> None:
     measured = evaluate(model, task, device="cpu", progress=False).tasks[0]
     assert measured.n == 2000
     assert measured.metrics["majority"] == 0.1
+
+
+def test_compare_says_what_to_do_with_models_of_pictures(tmp_path) -> None:
+    from hf_cka.evaluation import compare
+
+    model = _saved(tmp_path / "vit", tiny_vit(), vit_processor())
+    with pytest.raises(ValueError, match="reads no text. For models of pictures or sound run hf-cka evaluate"):
+        compare(model, {"other": tiny_vit()}, ["some text"], device="cpu")
