@@ -75,6 +75,7 @@ def sentence_similarity(
     Example:
         >>> sentence_similarity(model, tokenizer, load_rows("stsb_dev.jsonl")).spearman  # doctest: +SKIP
     """
+    rows = list(rows)
     scores = _scores(rows, batch_size)
     sentences = list(dict.fromkeys(row[side] for row in rows for side in ("sentence1", "sentence2")))
     vectors = _embedded(model, tokenizer, sentences, batch_size, progress)

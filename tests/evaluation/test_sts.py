@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from hf_cka.evaluation import evaluate, sentence_similarity
+from hf_cka.evaluation import EvaluationSettings, evaluate, sentence_similarity
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -40,6 +40,14 @@ def test_it_is_a_task(tmp_path) -> None:
     assert measured.n == 8
     assert measured.errors["spearman"] > 0
     assert measured.details == {"pooling": "mean"}
+    some = evaluate(
+        tiny_model("bert", "base"),
+        task,
+        tokenizer=tiny_tokenizer(),
+        settings=EvaluationSettings(limit=5, seed=3),
+        progress=False,
+    ).tasks[0]
+    assert (some.n, some.details["drawn_with_seed"]) == (5, 3)
 
 
 @pytest.mark.parametrize(
