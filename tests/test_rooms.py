@@ -25,7 +25,10 @@ ROOMS = (
     "hub",
     "cli",
 )
-HEAVY = ("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn", "lm_eval", "codecarbon")
+HEAVY = (
+    *("peft", "trl", "datasets", "matplotlib", "jinja2", "gguf", "pandas", "sklearn", "lm_eval", "codecarbon"),
+    *("PIL", "soundfile", "jiwer"),
+)
 
 
 def _room(module: str) -> str:

@@ -47,7 +47,8 @@ def evaluate_command(
 ) -> None:
     """Measure a model on tasks: your own data, or lm-eval's.
 
-    A KIND is perplexity, multiple_choice, classification, exact_match, completion_loss, or efficiency without data.
+    A KIND is perplexity, multiple_choice, classification, exact_match, completion_loss, sts, image_classification,
+    audio_classification, speech, or efficiency without data. FILE may be a folder or a zip of images or audio.
 
     Example: hf-cka evaluate pruned --tasks perplexity:test.txt,multiple_choice:questions.jsonl,piqa
     """

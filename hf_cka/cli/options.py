@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from hf_cka.data import CalibrationBatches
 
 _SHARED = "Data and machine"  # a box of its own in the help of every command
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A Hub id or a folder.")]
-Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A Hub id or a txt, json(l), csv, parquet file.")]
+Dataset = Annotated[str, typer.Option("--dataset", "-d", help="A Hub id, a file, a folder or zip of media.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub dataset, which is ID or ID:CONFIG.", rich_help_panel=_SHARED)]
 TextColumn = Annotated[
     str | None, typer.Option(help="Column with the text; default: one of the usual names.", rich_help_panel=_SHARED)
@@ -40,16 +40,25 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def load_calibration(
-    dataset: str, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", **kwargs: Any
+    dataset: str, processor: Any, model: PreTrainedModel, *, split: str = "train", **kwargs: Any
 ) -> CalibrationBatches:
-    """Load rows and make calibration batches of them; keyword arguments as :func:`hf_cka.calibration`."""
-    from hf_cka.data import calibration, load_rows, public_name
+    """Load rows and make calibration batches for a model; keyword arguments as :func:`hf_cka.calibration`."""
+    from hf_cka.data import calibration, decoder_start, load_rows, public_name
 
-    return calibration(load_rows(dataset, split), tokenizer, source=public_name(dataset), **kwargs)
+    classifies = "Classification" in type(model).__name__
+    labels = {str(name): int(index) for name, index in (model.config.label2id or {}).items()} if classifies else None
+    return calibration(
+        load_rows(dataset, split),
+        processor,
+        source=public_name(dataset),
+        decoder_start_token_id=decoder_start(model.config),
+        label2id=labels,
+        **kwargs,
+    )
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, as :func:`hf_cka.modeling.loading.load_model`."""
-    from hf_cka.modeling.loading import load_model
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer or processor, as :func:`hf_cka.evaluation.loading.load_with_processor`."""
+    from hf_cka.evaluation.loading import load_with_processor
 
-    return load_model(name, device, dtype)
+    return load_with_processor(name, device, dtype)

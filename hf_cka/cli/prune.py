@@ -85,10 +85,11 @@ def prune_command(
     config = config_of(paper, {name: value for name, value in given.items() if value is not None}, widths, multiple_of)
     options.check_output(output, overwrite or dry_run)
 
-    loaded, tokenizer = options.load_model(model, device, dtype)
+    loaded, processor = options.load_model(model, device, dtype)
     batches = options.load_calibration(
         dataset,
-        tokenizer,
+        processor,
+        loaded,
         split=split,
         num_samples=num_samples,
         max_length=max_length,
@@ -109,7 +110,7 @@ def prune_command(
         )
     calibration = {
         "source": batches.source,
-        "samples": sum(len(batch["input_ids"]) for batch in batches),
+        "samples": batches.num_samples,
         "max_length": max_length,
         "seed": seed,
         "hash": result.history.calibration,
@@ -117,7 +118,7 @@ def prune_command(
     price = result.plan.price(loaded)
     saved = None
     if not dry_run:
-        saved = _save(result, model, tokenizer, calibration, output, overwrite)
+        saved = _save(result, model, processor, calibration, output, overwrite)
         shutil.rmtree(progress_folder)
     if as_json:
         typer.echo(json.dumps(_summary(result, price, calibration, saved)))
@@ -203,7 +204,7 @@ def live_table(config: PruningConfig, quiet: bool = False) -> Iterator[Callable[
 
 
 def _save(
-    result: PruningResult, model: str, tokenizer: Any, calibration: dict[str, Any], output: Path, overwrite: bool
+    result: PruningResult, model: str, processor: Any, calibration: dict[str, Any], output: Path, overwrite: bool
 ) -> Any:
     from hf_cka.data import public_name
     from hf_cka.modeling import save_pruned
@@ -212,7 +213,7 @@ def _save(
     return save_pruned(
         result.model,
         output,
-        tokenizer=tokenizer,
+        tokenizer=processor,
         record={
             "method": config.method,
             "settings": config.to_dict(),

@@ -51,7 +51,7 @@ def recover_command(
     """
     import torch
 
-    from hf_cka.data import load_rows, public_name, row_text
+    from hf_cka.data import load_rows, parts_of, public_name, row_text
     from hf_cka.modeling import save_pruned
     from hf_cka.training import DistillationConfig, RecoveryConfig, recover
     from hf_cka.training.recovery import LEARNING_RATES
@@ -66,8 +66,9 @@ def recover_command(
     if resume and not any(checkpoints.glob("checkpoint-*")):
         raise FileNotFoundError(f"{checkpoints} holds no checkpoint to go on from. Leave --resume out.")
 
-    loaded, tokenizer = options.load_model(model, device, dtype)
-    if not loaded.can_generate():
+    loaded, processor = options.load_model(model, device, dtype)
+    tokenizer = parts_of(processor).tokenizer
+    if tokenizer is None or not loaded.can_generate() or getattr(loaded.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(loaded).__name__} is no causal language model. Tokenize its rows and call hf_cka.recover in Python."
         )
@@ -82,6 +83,7 @@ def recover_command(
         batches = options.load_calibration(
             dataset,
             tokenizer,
+            loaded,
             split=split,
             num_samples=num_samples,
             max_length=max_length,
@@ -123,7 +125,7 @@ def recover_command(
         "teacher": public_name(teacher),
         "distillation": None if distillation is None else distillation.to_dict(),
     }
-    saved = save_pruned(result.model, output, tokenizer=tokenizer, record={"recovery": record}, overwrite=overwrite)
+    saved = save_pruned(result.model, output, tokenizer=processor, record={"recovery": record}, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps({"recovery": record, "losses": result.losses, "output": str(saved.folder)}))
         return

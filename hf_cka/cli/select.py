@@ -41,12 +41,14 @@ def select_command(
     """
     if output.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise ValueError(f"--output {str(output)!r} must end in .yaml (for trl sft) or .json.")
+    from hf_cka.data import is_collection
     from hf_cka.selection import select_layers
 
-    loaded, tokenizer = options.load_model(model, device, dtype)
+    loaded, processor = options.load_model(model, device, dtype)
     batches = options.load_calibration(
         dataset,
-        tokenizer,
+        processor,
+        loaded,
         split=split,
         num_samples=num_samples,
         max_length=max_length,
@@ -58,7 +60,10 @@ def select_command(
     targets = target_modules.split(",") if target_modules else None
     selection.module_names(targets)  # a name that matches nothing is said before anything is written
     written = [selection.save(output.with_suffix(".json"))]
-    if output.suffix.lower() != ".json":
+    # trl sft trains on text, from a file or the Hub
+    trains = output.suffix.lower() != ".json" and batches[0].keys() == {"input_ids", "attention_mask"}
+    trains = trains and not is_collection(dataset)
+    if trains:
         output.write_text(trl_yaml(selection, model, dataset, split, targets), encoding="utf-8")
         written.insert(0, output)
     if as_json:
@@ -67,7 +72,7 @@ def select_command(
     typer.echo(selection.table())
     for file in written:
         typer.echo(f"Wrote {file}")
-    if output.suffix.lower() != ".json":
+    if trains:
         typer.echo(f"Train with: trl sft --config {output} --output_dir OUT")
 
 

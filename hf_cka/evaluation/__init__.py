@@ -19,6 +19,7 @@ from hf_cka.evaluation.blocks import (
     Table,
 )
 from hf_cka.evaluation.classification import Classification, classify, classify_by_words
+from hf_cka.evaluation.classification_media import classify_audio, classify_images
 from hf_cka.evaluation.compare import compare
 from hf_cka.evaluation.comparison import Comparison, ComparisonSettings
 from hf_cka.evaluation.cost import Efficiency, Flops, count_flops, measure_efficiency
@@ -37,7 +38,9 @@ from hf_cka.evaluation.report import Highlight, ReportData, Section, library_ver
 from hf_cka.evaluation.robustness import ChoiceRobustness, Robustness, choice_robustness, robustness
 from hf_cka.evaluation.rows import CompletionLoss, ExactMatch, Example, completion_loss, exact_match
 from hf_cka.evaluation.similarity_map import LayerSimilarity, layer_similarity
+from hf_cka.evaluation.speech import Transcript, WordErrorRate, word_error_rate
 from hf_cka.evaluation.structure import layer_strip, original_layers
+from hf_cka.evaluation.sts import SentenceSimilarity, sentence_similarity
 from hf_cka.evaluation.tasks import EvaluationResult, EvaluationSettings, TaskResult, evaluate
 from hf_cka.evaluation.training_curves import training_curves
 
@@ -78,12 +81,17 @@ __all__ = [
     "Robustness",
     "ScoredItem",
     "Section",
+    "SentenceSimilarity",
     "Strip",
     "Table",
     "TaskResult",
+    "Transcript",
+    "WordErrorRate",
     "choice_robustness",
     "classify",
+    "classify_audio",
     "classify_by_words",
+    "classify_images",
     "compare",
     "completion_loss",
     "count_flops",
@@ -103,6 +111,8 @@ __all__ = [
     "peak_memory",
     "perplexity",
     "robustness",
+    "sentence_similarity",
     "training_curves",
+    "word_error_rate",
     "write_report",
 ]

@@ -33,12 +33,14 @@ class Classification:
         n: rows.
         labels: right label of each row, by index.
         predictions: most likely label of each row.
+        skipped: pictures or recordings that could not be read, and why.
     """
 
     accuracy: float
     n: int
     labels: tuple[int, ...]
     predictions: tuple[int, ...]
+    skipped: tuple[str, ...] = ()
 
     @property
     def standard_error(self) -> float:

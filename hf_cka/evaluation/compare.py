@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from hf_cka.data import calibration, public_name, row_text
+from hf_cka.data import calibration, parts_of, public_name, row_text
 from hf_cka.evaluation.comparison import Comparison, ComparisonSettings, Measured
 from hf_cka.evaluation.cost import cache_bytes, count_flops
 from hf_cka.evaluation.disagreement import disagreements
 from hf_cka.evaluation.efficiency import count_parameters, decode_speed
 from hf_cka.evaluation.language import perplexity
+from hf_cka.evaluation.loading import load_with_processor
 from hf_cka.evaluation.memory import model_memory
 from hf_cka.evaluation.multiple_choice import multiple_choice
 from hf_cka.evaluation.robustness import choice_robustness, robustness
@@ -28,7 +29,7 @@ from hf_cka.evaluation.similarity_map import layer_similarity
 from hf_cka.evaluation.structure import layer_strip
 from hf_cka.evaluation.tasks import EvaluationSettings, evaluate
 from hf_cka.evaluation.training_curves import log_curves, training_curves
-from hf_cka.modeling.loading import load_model, weight_files
+from hf_cka.modeling.loading import weight_files
 from hf_cka.representations import collect
 
 if TYPE_CHECKING:
@@ -268,8 +269,19 @@ def _loaded(model: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, A
     if not isinstance(model, str):
         if tokenizer is None:
             raise ValueError("A loaded model needs its tokenizer: pass tokenizer=...")
-        return model, tokenizer
-    return load_model(model, device, dtype)
+        return model, _tokenizer(tokenizer)
+    loaded, processor = load_with_processor(model, device, dtype)
+    return loaded, _tokenizer(processor)
+
+
+def _tokenizer(processor: Any) -> Any:
+    found = parts_of(processor).tokenizer
+    if found is None:
+        raise ValueError(
+            f"compare measures causal language models, and {type(processor).__name__} reads no text. For models of "
+            "pictures or sound run hf-cka evaluate on each."
+        )
+    return found
 
 
 def _check_tokenizer(name: str, base: Any, other: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,10 @@ def input_device(model: Any) -> torch.device:
     Raises:
         ValueError: if the weights are on the meta device, so that there is nothing to run.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # a model of sound has none
+        embedding = None
     parameter = next((embedding if embedding is not None else model).parameters())
     if parameter.device.type == "meta" and not hasattr(embedding, "_hf_hook"):  # a hook means offloaded, not missing
         raise ValueError(
@@ -43,6 +46,24 @@ def input_device(model: Any) -> torch.device:
             "with from_pretrained(..., device_map='auto')."
         )
     return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+
+
+def to_model(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs on the model's device; pictures and sound in its precision.
+
+    Args:
+        model: any model of transformers.
+        inputs: tensors by name.
+
+    Raises:
+        ValueError: as :func:`input_device`.
+
+    Example:
+        >>> to_model(nn.Linear(2, 2).double(), {"pixel_values": torch.ones(1)})["pixel_values"].dtype
+        torch.float64
+    """
+    device, dtype = input_device(model), next(model.parameters()).dtype
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
 
 
 def check_causal(model: Any, what: str) -> None:

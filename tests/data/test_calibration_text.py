@@ -1,9 +1,8 @@
-import json
-
 import pytest
 import torch
 
-from hf_cka.data import calibration, load_rows, row_text, sample_digests
+from hf_cka.data import calibration, row_pair, row_text
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.fixture
@@ -85,25 +84,58 @@ def test_numbers_out_of_range_are_named(name):
         calibration(["a"], None, **{name: 0})
 
 
-def test_local_files_load_alike(tmp_path):
-    rows = [{"text": "one"}, {"text": "two"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.csv").write_text("text\none\ntwo\n")
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    for name in ("a.jsonl", "a.json", "a.csv", "a.txt"):
-        assert [row["text"].strip() for row in load_rows(str(tmp_path / name))] == ["one", "two"]
+def test_pairs_give_labels_and_what_the_decoder_reads():
+    tokenizer = tiny_tokenizer("house", "tree")
+    rows = [{"source": "w3 w4 w5", "target": "house tree"}, {"source": "w6", "target": "tree"}]
+    (batch,) = calibration(rows, tokenizer, decoder_start_token_id=1)
+    house, tree = tokenizer("house tree")["input_ids"]
+    assert batch["input_ids"].tolist() == [[6, 0, 0], [3, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[tree, -100], [house, tree]]
+    assert batch["decoder_input_ids"].tolist() == [[1, 0], [1, house]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 0], [1, 1]]
+    (without,) = calibration(rows, tokenizer)
+    assert without.keys() == {"input_ids", "attention_mask", "labels"}
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file 'missing.jsonl'"):
-        load_rows("missing.jsonl")
-    (tmp_path / "a.docx").write_text("")
-    with pytest.raises(ValueError, match=r"its suffix is none of \.txt"):
-        load_rows(str(tmp_path / "a.docx"))
+def test_without_a_target_the_decoder_reads_its_start_token():
+    (batch,) = calibration(["w3 w4", "w5"], tiny_tokenizer(), decoder_start_token_id=7)
+    assert batch["decoder_input_ids"].tolist() == [[7], [7]]
+    assert "labels" not in batch
 
 
-def test_digests_ignore_padding():
-    left = sample_digests(torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]]))
-    right = sample_digests(torch.tensor([[5, 6, 0]]), torch.tensor([[1, 1, 0]]))
-    assert left == right != sample_digests(torch.tensor([[6, 5, 0]]), torch.tensor([[1, 1, 0]]))
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": "p", "completion": "c"}, ("p", "c")),
+        ({"document": "d", "summary": "s"}, ("d", "s")),
+        ({"instruction": "i", "input": "n", "output": "o"}, ("i\nn", "o")),
+        ({"translation": {"de": "Haus", "en": "house"}}, ("Haus", "house")),
+        ({"text": "t"}, ("t", None)),
+    ],
+)
+def test_usual_pairs_are_understood(row, pair):
+    assert row_pair(row) == pair
+
+
+def test_pairs_without_some_targets_are_an_error():
+    rows = [{"source": "w1", "target": "w2"}, {"source": "w1", "target": ""}]
+    with pytest.raises(ValueError, match="1 of 2 rows have no target"):
+        calibration(rows, tiny_tokenizer(), decoder_start_token_id=1)
+
+
+def test_a_tiny_t5_reads_pairs_and_its_loss_does_not_depend_on_padding():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    rows = [{"source": f"w{i + 3} w{i + 4}" * (i + 1), "target": f"w{i + 5} w9"} for i in range(4)]
+    with torch.no_grad():
+        together, alone = (
+            torch.cat([model(**b).logits.flatten(0, 1)[b["labels"].flatten() != -100] for b in batches])
+            for batches in (
+                calibration(rows, tiny_tokenizer(), decoder_start_token_id=0, batch_size=size) for size in (4, 1)
+            )
+        )
+    assert torch.allclose(together, alone, atol=1e-5)
