@@ -104,6 +104,7 @@ def find_branches(bench: Bench) -> tuple[list[Branch], bool]:
     order = {call.path: i for i, call in enumerate(calls)}
     alive = frozenset(n for n, g in bench.base.items() if bool((g != 0).any()))
     sets: dict[str, frozenset[str]] = {}
+    whole = ""
     for call in calls:
         own = {n for n in alive if n.startswith(f"{call.path}.")}
         if not own or call.hidden is None or not _could_add(call.hidden, stream) or times[call.path] > 1:
@@ -117,9 +118,11 @@ def find_branches(bench: Bench) -> tuple[list[Branch], bool]:
             continue
         if dead == alive:
             if left.shape == stream.shape and _equal(left, stream):
-                return _named(bench, [_branch(bench, calls, call.path, dead)]), True
+                whole = call.path  # of several, the outermost, which ends last
         elif _additive(bench, call.path):
             sets[call.path] = dead
+    if whole:
+        return _named(bench, [_branch(bench, calls, whole, alive)]), True
     chosen: list[tuple[str, frozenset[str]]] = []
     # the largest first; among equals the one that runs last, which ends the branch
     for path, dead in sorted(sets.items(), key=lambda item: (-_heavy(bench, item[1]), -order[item[0]])):
@@ -228,7 +231,15 @@ def _noise(value: torch.Tensor) -> torch.Tensor:
 
 def _mixes(bench: Bench, path: str, stream: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether what one position gets depends on others: change one position, and count those that notice."""
-    axis = max(0, stream.ndim - 2)  # (..., positions, features), or rows or columns of a picture
+    if stream.ndim == 3:  # batch and positions, in either order: samples do not notice each other
+        return any(_spreads(bench, path, stream, before, axis) for axis in (0, 1))
+    axis = max(0, stream.ndim - 2)  # rows or columns of a picture
+    if before.ndim < stream.ndim and before.ndim >= 2 and before.shape[-2] in stream.shape:
+        axis = stream.shape.index(before.shape[-2])  # one of several parallel streams
+    return _spreads(bench, path, stream, before, axis)
+
+
+def _spreads(bench: Bench, path: str, stream: torch.Tensor, before: torch.Tensor, axis: int) -> bool:
     middle = stream.shape[axis] // 2
     changed = stream.clone()
     changed.narrow(axis, middle, 1).copy_(_noise(changed.narrow(axis, middle, 1)))
@@ -237,7 +248,7 @@ def _mixes(bench: Bench, path: str, stream: torch.Tensor, before: torch.Tensor) 
         return True
     if before.numel() == stream.numel():
         before, after = before.reshape(stream.shape), after.reshape(stream.shape)
-    axis = max(0, before.ndim - 2)
+    axis = axis if before.ndim == stream.ndim else max(0, before.ndim - 2)
     moved = (before - after).abs().movedim(axis, 0).flatten(1).amax(1)
     # experts compute the rows of all positions together, which rounds differently
     return int((moved > ROUNDING[stream.dtype] * moved.max()).sum()) > 1

@@ -166,15 +166,19 @@ def _causal(twin: Twin, found: Found) -> bool:
     """Whether a change of the last position leaves all before it alone."""
     first, last = found.layers[0], found.layers[-1]
     stream = found.calls[first].stream
-    if stream is None or stream.ndim != 3 or stream.shape[1] < 3:
+    lengths = {v.shape[1] for k, v in twin.batch.items() if k.endswith("input_ids") and v.ndim == 2}
+    if stream is None or stream.ndim < 3:
+        return False
+    axis = next((a for a in (stream.ndim - 2, *range(stream.ndim - 1)) if stream.shape[a] in lengths), None)
+    if axis is None or stream.shape[axis] < 3:
         return False
     seen: list[torch.Tensor] = []
-    noise = torch.randn(stream[:, -1].shape, generator=torch.Generator().manual_seed(2)).to(stream)
+    noise = torch.randn(stream.select(axis, -1).shape, generator=torch.Generator().manual_seed(2)).to(stream)
 
     def change(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         old = code.main_input(args, kwargs)
         new = old.clone()
-        new[:, -1] += noise
+        new.select(axis, -1).add_(noise)
         swap = lambda v: new if v is old else v  # noqa: E731
         return tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}
 
@@ -191,9 +195,9 @@ def _causal(twin: Twin, found: Found) -> bool:
             changer.remove()
     finally:
         handle.remove()
-    if len(seen) < 2 or seen[0].shape != seen[-1].shape or seen[0].ndim != 3:
+    if len(seen) < 2 or seen[0].shape != seen[-1].shape or seen[0].shape != stream.shape:
         return False
-    moved = (seen[0] - seen[-1]).abs().amax((0, 2))
+    moved = (seen[0] - seen[-1]).abs().movedim(axis, 0).flatten(1).amax(1)
     return float(moved[:-1].max()) <= 1e-6 * float(moved[-1])
 
 

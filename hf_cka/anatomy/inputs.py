@@ -49,6 +49,11 @@ def probe_batches(model: Any, rows: int = 4, length: int = 12, seed: int = 0) ->
         yield {**text, **target}
     yield text
     yield {"input_ids": text["input_ids"]}
+    end = getattr(config, "eos_token_id", None)
+    if type(end) is int:  # a classifier may read the sentence at its end
+        ids = text["input_ids"].clone()
+        ids[:, -1] = end
+        yield {**text, "input_ids": ids}
     yield {**text, **target}
     if "pixel_values" in accepted:
         for picture in pictures:

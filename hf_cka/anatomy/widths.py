@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from hf_cka.anatomy.branches import Bench, Gradients
 from hf_cka.anatomy.parts import Branch, Segment, Slice, Width
@@ -46,11 +47,13 @@ def find_widths(bench: Bench, branches: Sequence[Branch], single: bool, config: 
         single: it has but one branch, which is all of it.
         config: of the layers, for the number of query heads.
     """
-    with straight_through(bench.layer):
+    with straight_through(bench.layer), _Leaky():
         base = _gradients(bench)
         found: list[Width] = []
         for branch in branches:
-            own = [w for n in branch.parameters for axis in _axes(bench.layer, n) if (w := _width(bench, base, n, axis))]
+            # only what is in the branch: elsewhere an activation may happen to die when its input changes
+            inner = {n: base[n] for n in branch.parameters}
+            own = [w for n in branch.parameters for axis in _axes(bench.layer, n) if (w := _width(bench, inner, n, axis))]
             # the widest first: what lies inside another's heads (a low rank) is no width of its own
             order = {n: i for i, n in enumerate(bench.parameters)}
             own.sort(key=lambda w: (-_covers(bench, w), -order[w.output.parameter]))
@@ -63,7 +66,7 @@ def find_widths(bench: Bench, branches: Sequence[Branch], single: bool, config: 
                 )
                 twice = any(width.output.parameter == w.output.parameter for w in kept)
                 if not inside and not twice:
-                    width = _with_readers(bench, base, width, branch.parameters)
+                    width = _with_readers(bench, inner, width, branch.parameters)
                     kept.append(replace(width, branch=branch.name))
             found += kept
     return _with_kinds(bench, found, single, config)
@@ -73,7 +76,7 @@ def _gradients(bench: Bench) -> Gradients:
     """Gradients without what is rounding alone (of a key's bias, which softmax ignores)."""
     gradients = bench.gradients()
     largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
-    least = {torch.float64: 1e-12, torch.float32: 1e-9}
+    least = {torch.float64: 1e-12, torch.float32: 3e-7}
     return {n: g.masked_fill(g.abs() < least.get(g.dtype, 0.0) * largest, 0) for n, g in gradients.items()}
 
 
@@ -90,6 +93,8 @@ def _axes(layer: nn.Module, name: str) -> Iterator[int]:
         yield 0
     elif parameter.ndim == 3:  # experts, one behind the other
         yield from (1, 2)
+    elif "Linear" in type(module).__name__:
+        yield 1
 
 
 def _width(bench: Bench, base: Gradients, name: str, axis: int) -> Width | None:
@@ -97,27 +102,29 @@ def _width(bench: Bench, base: Gradients, name: str, axis: int) -> Width | None:
     size = bench.parameters[name].shape[axis]
     if size < 2:
         return None
-    best, block, first = 0.0, 0, Indices()
+    best, block, member, first = 0.0, 0, 0, Indices()
     for d in (d for d in range(1, size // 2 + 1) if size % d == 0):
         if d > 1 and not first and d * 64 < size:
             continue
-        dead = _dead_without(bench, base, name, axis, range(d))
-        if not any(bench.parameters[n].ndim >= 2 for n, _ in dead):
-            continue
-        share = sum(map(len, dead.values())) / d
-        if share > best * (1 + 1e-6):
-            best, block, first = share, d, dead
+        for m in (0, size // d - 1):  # one of them may happen to be silent from the start
+            dead = _dead_without(bench, base, name, axis, range(m * d, (m + 1) * d))
+            if not any(bench.parameters[n].ndim >= 2 for n, _ in dead):
+                continue
+            share = sum(map(len, dead.values())) / d
+            if share > best * (1 + 1e-6):
+                best, block, member, first = share, d, m, dead
     if not block:
         return None
     members = size // block
     slices = [Slice(name, axis, ((0, block),))]
     for (other, other_axis), indices in first.items():
-        segments = _runs(indices)
-        if any(start + members * length > bench.parameters[other].shape[other_axis] for start, length in segments):
+        segments = tuple((start - member * length, length) for start, length in _runs(indices))
+        high = max(start + members * length for start, length in segments)
+        if min(segments)[0] < 0 or high > bench.parameters[other].shape[other_axis]:
             return None
         slices.append(Slice(other, other_axis, segments))
     slices = list(_with_biases(bench, slices))
-    for member in {1, members - 1}:
+    for member in {0, 1, members - 1}:
         dead = _dead_without(bench, base, name, axis, range(member * block, (member + 1) * block))
         for s in slices[1:]:
             expected, seen = set(s.indices([member])), set(dead.get((s.parameter, s.axis), ()))
@@ -187,7 +194,7 @@ def _dead_without(bench: Bench, base: Gradients, name: str, axis: int, indices: 
         now = _gradients(bench)
     dead: Indices = {}
     for other, gradient in now.items():
-        if other == name:
+        if other == name or other not in base:
             continue
         for a in range(gradient.ndim):
             size = gradient.shape[a]
@@ -208,6 +215,15 @@ def zeroed(parameter: torch.Tensor, axis: int, indices: Sequence[int]) -> Iterat
         yield
     finally:
         parameter.data.index_copy_(axis, index, before)
+
+
+class _Leaky(TorchFunctionMode):
+    """Lets a little through where ReLU lets nothing: what is silent for its input's sake is not what is looked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("relu", "relu_", "relu6", "hardtanh", "hardtanh_"):
+            return torch.nn.functional.leaky_relu(args[0], 0.1)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import hf_cka
+from hf_cka.cli.anatomy import anatomy_command
 from hf_cka.cli.card import card_command
 from hf_cka.cli.compare import compare_command
 from hf_cka.cli.demo import demo_command
@@ -70,6 +71,7 @@ def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _command in (
+    ("anatomy", anatomy_command),
     ("select", select_command),
     ("prune", prune_command),
     ("recover", recover_command),

@@ -58,7 +58,7 @@ def load_calibration(
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """Load a model and its tokenizer or processor, as :func:`hf_cka.evaluation.loading.load_with_processor`."""
-    from hf_cka.evaluation.loading import load_with_processor
+    """Load a model and its tokenizer or processor, as :func:`hf_cka.modeling.loading.load_model`."""
+    from hf_cka.modeling.loading import load_model as load
 
-    return load_with_processor(name, device, dtype)
+    return load(name, device, dtype)

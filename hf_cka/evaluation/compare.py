@@ -19,7 +19,7 @@ from hf_cka.evaluation.cost import cache_bytes, count_flops
 from hf_cka.evaluation.disagreement import disagreements
 from hf_cka.evaluation.efficiency import count_parameters, decode_speed
 from hf_cka.evaluation.language import perplexity
-from hf_cka.evaluation.loading import load_with_processor
+from hf_cka.modeling.loading import load_model
 from hf_cka.evaluation.memory import model_memory
 from hf_cka.evaluation.multiple_choice import multiple_choice
 from hf_cka.evaluation.robustness import choice_robustness, robustness
@@ -270,7 +270,7 @@ def _loaded(model: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, A
         if tokenizer is None:
             raise ValueError("A loaded model needs its tokenizer: pass tokenizer=...")
         return model, _tokenizer(tokenizer)
-    loaded, processor = load_with_processor(model, device, dtype)
+    loaded, processor = load_model(model, device, dtype)
     return loaded, _tokenizer(processor)
 
 

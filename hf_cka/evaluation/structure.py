@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cka.anatomy import find_anatomy
+from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.evaluation.blocks import Strip
 
 
 def original_layers(model: Any) -> tuple[int, ...]:
     """Return, for each layer that a model has now, its index in the model it was pruned from.
+
+    Of a model with several stacks that is about the one that was pruned (first), or the one with most parameters.
 
     Args:
         model: any supported model, pruned or not.
@@ -28,8 +30,7 @@ def original_layers(model: Any) -> tuple[int, ...]:
         >>> original_layers(apply_plan(model, plan))
         (0, 2)
     """
-    anatomy = find_anatomy(model)
-    plan = _plan(anatomy.config)
+    anatomy, plan = _seen(model)
     return tuple(range(anatomy.num_layers)) if plan is None else plan.kept_layers
 
 
@@ -39,8 +40,7 @@ def num_original_layers(model: Any) -> int:
     Args:
         model: any supported model, pruned or not.
     """
-    anatomy = find_anatomy(model)
-    plan = _plan(anatomy.config)
+    anatomy, plan = _seen(model)
     return anatomy.num_layers if plan is None else plan.num_layers
 
 
@@ -61,29 +61,36 @@ def layer_strip(name: str, model: Any) -> Strip:
         >>> strip.removed, strip.mlp_share
         ((1,), (1.0, 0.0, 0.25))
     """
-    anatomy = find_anatomy(model)
-    plan = _plan(anatomy.config)
+    anatomy, plan = _seen(model)
     if plan is None:
         return Strip(name, anatomy.num_layers)
-    before = anatomy.config.pruning["widths_before"]
-    attention, mlp = [0.0] * plan.num_layers, [0.0] * plan.num_layers
-    for index, origin in enumerate(plan.kept_layers):
-        sizes = anatomy.sizes(index)
-        attention[origin] = sizes.num_kv_heads / before["num_key_value_heads"][origin]
-        mlp[origin] = sizes.intermediate_size / before["intermediate_size"][origin]
+    record = getattr(anatomy.model.config, "pruning", None) or getattr(anatomy.config, "pruning", None) or {}
+    shares = []
+    for kind, field in (("heads", "num_key_value_heads"), ("units", "intermediate_size")):
+        before = record.get("widths_before", {}).get(field, ())
+        share = [0.0 if i in plan.removed_layers else 1.0 for i in range(plan.num_layers)]
+        for index, kept in plan.kept.get(kind, {}).items():
+            if len(before) == plan.num_layers and before[index]:
+                share[index] = len(kept) / before[index]
+        shares.append(share)
+    for share, gone in zip(shares, (plan.removed_attention, plan.removed_mlp), strict=True):
+        for index in gone:
+            share[index] = 0.0
     return Strip(
         name,
         plan.num_layers,
         removed=plan.removed_layers,
         removed_attention=plan.removed_attention,
         removed_mlp=plan.removed_mlp,
-        attention_share=tuple(attention),
-        mlp_share=tuple(mlp),
+        attention_share=tuple(shares[0]),
+        mlp_share=tuple(shares[1]),
     )
 
 
-def _plan(config: Any) -> Any:
-    from hf_cka.modeling.plan import PruningPlan
+def _seen(model: Any) -> tuple[Anatomy, Any]:
+    """The stack that was pruned, and what was removed from it."""
+    from hf_cka.pruning.history import recorded_plan
 
-    record = getattr(config, "pruning", None)
-    return PruningPlan.from_dict(record["plan"]) if record else None
+    anatomy = find_anatomy(model)
+    plan = recorded_plan(anatomy.model)
+    return (anatomy.on(plan.stack) if plan is not None and plan.stack else anatomy), plan

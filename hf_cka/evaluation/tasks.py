@@ -13,7 +13,7 @@ from typing import Any
 from hf_cka.data import parts_of, public_name
 from hf_cka.evaluation.harness import harness_tasks, run_harness, split_metrics
 from hf_cka.evaluation.kinds import KINDS, MEDIA, WITHOUT_DATA, parse_task, task_data
-from hf_cka.evaluation.loading import load_with_processor
+from hf_cka.modeling.loading import load_model
 from hf_cka.evaluation.results import EvaluationResult, EvaluationSettings, TaskResult
 from hf_cka.lookup import lookup
 
@@ -97,7 +97,7 @@ def evaluate(
 
 def _loaded(model: Any, tokenizer: Any, device: str, dtype: str) -> tuple[Any, Any]:
     if isinstance(model, str | os.PathLike):
-        loaded, own = load_with_processor(os.fspath(model), device, dtype)
+        loaded, own = load_model(os.fspath(model), device, dtype)
         return loaded, tokenizer or own
     if tokenizer is None:
         raise ValueError("A loaded model needs its tokenizer or processor: pass tokenizer=...")

@@ -14,7 +14,7 @@ from hf_cka.modeling.loading import weight_files
 from hf_cka.modeling.plan import PruningPlan
 
 SCORES_FILE = "pruning_scores.json"
-_FORMAT = 1
+_FORMATS = (1, 2)
 # how an architecture ends -> the task the Hub files it under
 _TASKS = {
     "ForCausalLM": "text-generation",
@@ -24,6 +24,8 @@ _TASKS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition",
     "Model": "feature-extraction",
 }
 _LOCAL_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
@@ -40,8 +42,8 @@ class Facts:
         rung: who can load it ("stock", "relabel" or "hf_cka").
         task: the Hub's name for what it does, if it has one.
         plan: what was removed, by original index.
-        kv_groups: per original layer, (before, after).
-        units: per original layer, (before, after).
+        kv_groups: per original layer, (before, after); (0, 0) where a layer has none, or the record does not say.
+        units: likewise.
         parameters: (before, after).
         file_bytes: size of the weight files.
         record: the whole `pruning` entry of `config.json`.
@@ -104,10 +106,10 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
             f"{str(path)!r} holds a {config.get('model_type')!r} checkpoint without a 'pruning' record in config.json, "
             "so nothing can be said about what was removed. Save the model that hf_cka pruned with hf_cka.save_pruned."
         )
-    if record.get("format_version") != _FORMAT:
+    if record.get("format_version") not in _FORMATS:
         raise ValueError(
             f"The pruning record of {str(path)!r} has format_version {record.get('format_version')!r}; this hf_cka "
-            f"reads {_FORMAT}. Update hf_cka."
+            f"reads {' and '.join(map(str, _FORMATS))}. Update hf_cka."
         )
     missing = sorted({"parameters_after", "parameters_before", "widths_before"} - set(record))
     if missing:
@@ -132,8 +134,8 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         rung=rung,
         task=next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None),
         plan=plan,
-        kv_groups=_widths(widths["num_key_value_heads"], plan.kept_groups, gone | set(plan.removed_attention)),
-        units=_widths(widths["intermediate_size"], plan.kept_units, gone | set(plan.removed_mlp)),
+        kv_groups=_widths(widths["num_key_value_heads"], plan, "heads", gone | set(plan.removed_attention)),
+        units=_widths(widths["intermediate_size"], plan, "units", gone | set(plan.removed_mlp)),
         parameters=(record["parameters_before"], record["parameters_after"]),
         file_bytes=sum(file.stat().st_size for file in weight_files(path)),
         record=record,
@@ -196,6 +198,8 @@ def _read_scores(path: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")).get("scores") if file.is_file() else None
 
 
-def _widths(before: list[int], kept: Mapping[int, tuple[int, ...]], gone: set[int]) -> tuple[tuple[int, int], ...]:
+def _widths(before: list[int], plan: PruningPlan, kind: str, gone: set[int]) -> tuple[tuple[int, int], ...]:
     """What each original layer had and has."""
+    kept = plan.kept.get(kind, {})
+    before = before if len(before) == plan.num_layers else [0] * plan.num_layers  # those of another stack
     return tuple((width, 0 if i in gone else len(kept[i]) if i in kept else width) for i, width in enumerate(before))

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_cka.hub.facts import Facts
+from hf_cka.modeling.plan import PruningPlan, as_ranges
 from hf_cka.pruning.history import PruningHistory
-from hf_cka.modeling.plan import as_ranges
 
 _PER_ROW = 60  # layers in one row of the picture
 _LEVELS = "▁▂▃▄▅▆▇"
 _MAX_SCORES = 200
+_BRANCHES = {"attention": "attention sub-layers", "mlp": "MLP sub-layers"}
+_WIDTHS = {"heads": "KV groups", "units": "MLP units"}
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -49,25 +51,28 @@ def removed_table(facts: Facts) -> str:
     Args:
         facts: of the checkpoint.
     """
-    plan = facts.plan
+    rows = [row for plan in facts.plan.by_stack for row in _removed_rows(plan, facts)]
+    return markdown_table(["removed", "how many", "original index"], rows) if rows else "Nothing."
+
+
+def _removed_rows(plan: PruningPlan, facts: Facts) -> list[tuple[str, str, str]]:
+    """The rows of one stack; it is named where others were pruned too."""
+    of = f" of {plan.stack}" if facts.plan.others else ""
+    known = {"heads": facts.kv_groups, "units": facts.units} if plan.stack == facts.plan.stack else {}
+    removed = {"whole layers": plan.removed_layers}
+    removed |= {_BRANCHES.get(name, f"{name} sub-layers"): gone for name, gone in plan.removed_branches.items()}
     rows = [
-        (what, f"{len(indices)} of {plan.num_layers}", as_ranges(indices).replace(",", ", "))
-        for what, indices in (
-            ("whole layers", plan.removed_layers),
-            ("attention sub-layers", plan.removed_attention),
-            ("MLP sub-layers", plan.removed_mlp),
-        )
+        (what + of, f"{len(indices)} of {plan.num_layers}", as_ranges(indices).replace(",", ", "))
+        for what, indices in removed.items()
         if indices
     ]
-    for what, table, widths in (
-        ("KV groups", plan.kept_groups, facts.kv_groups),
-        ("MLP units", plan.kept_units, facts.units),
-    ):
-        if table:
-            before, after = sum(widths[i][0] for i in table), sum(widths[i][1] for i in table)
-            layers = as_ranges(table).replace(",", ", ")
-            rows.append((what, f"{before - after:,} of {before:,}", f"in layers {layers}"))
-    return markdown_table(["removed", "how many", "original index"], rows) if rows else "Nothing."
+    for name, table in plan.kept.items():
+        widths = known.get(name, ())
+        before, after = (sum(widths[i][n] for i in table) if widths else 0 for n in (0, 1))
+        layers = as_ranges(list(table)).replace(",", ", ")
+        count = f"{before - after:,} of {before:,}" if before else f"all but {sum(map(len, table.values())):,}"
+        rows.append((_WIDTHS.get(name, name) + of, count, f"in layers {layers}"))
+    return rows
 
 
 def width_table(facts: Facts) -> str:
@@ -91,8 +96,10 @@ def layer_stack(facts: Facts) -> str:
         facts: of the checkpoint.
     """
     count = facts.plan.num_layers
-    attention = "".join(_mark(*width) for width in facts.kv_groups)
-    mlp = "".join(_mark(*width) for width in facts.units)
+    attention, mlp = (
+        "".join("·" if i in {*facts.plan.removed_layers, *gone} else _mark(*width) for i, width in enumerate(widths))
+        for widths, gone in ((facts.kv_groups, facts.plan.removed_attention), (facts.units, facts.plan.removed_mlp))
+    )
     step = 10 if count > 20 else 5
     blocks = []
     for start in range(0, count, _PER_ROW):
@@ -103,6 +110,8 @@ def layer_stack(facts: Facts) -> str:
                 ruler = ruler.ljust(index - start) + str(index)
         blocks.append(f"layer      {ruler}\nattention  {attention[start:end]}\nMLP        {mlp[start:end]}")
     legend = "█ kept   · removed"
+    if any(before == 0 for before, _ in (*facts.kv_groups, *facts.units)):
+        legend += "   blank: has none that are counted"
     if facts.plan.kept_groups or facts.plan.kept_units:
         legend += "   ▁ to ▇ narrowed, by the share of its width that is left"
     return "\n\n".join([*blocks, legend])
@@ -195,12 +204,16 @@ def _cell(value: Any) -> str:
 
 
 def _change(before: int, after: int) -> str:
+    if before == 0:
+        return ""
     if after == 0:
         return "removed"
     return f"{before:,} → {after:,}" if after < before else f"{before:,}"
 
 
 def _mark(before: int, after: int) -> str:
+    if before == 0:
+        return " "
     if after == 0:
         return "·"
     if after == before:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model with the head its config names, and its tokenizer.
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Load a model with the head its config names, and the tokenizer or processor that makes its inputs.
 
     Args:
         name: a Hub id, or the folder of a saved model.
@@ -31,14 +31,39 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         FileNotFoundError: There is no folder './nowhere'; give --model a Hub id or the folder of a saved model.
     """
     import torch
+
+    from hf_cka.data import load_processor
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}: one of {', '.join(_DTYPES)}.")
+    loader, _ = _loader(name)
+    model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return model.to(best_device(device)), load_processor(name)
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """Build a model on the meta device: its class and its shapes, without its weights.
+
+    Args:
+        name: as for :func:`load_model`.
+
+    Raises:
+        FileNotFoundError, OSError: as :func:`load_model`.
+    """
+    import torch
+
+    loader, config = _loader(name)
+    with torch.device("meta"):
+        return loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
+
+
+def _loader(name: str) -> tuple[Any, Any]:
+    """What loads a model with the head that its config names, and the config."""
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
 
     from hf_cka.modeling.probe import auto_class
     from hf_cka.modeling.register import register
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}: one of {', '.join(_DTYPES)}.")
     folder = Path(name).expanduser()
     if (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {name!r}; give --model a Hub id or the folder of a saved model.")
@@ -46,13 +71,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         held = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(f"The folder {name!r} is no model: it has no config.json (it holds {held}).")
     register()
-    config = AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [""])[0]
     loader = auto_class(architecture)
     if loader is transformers.AutoModel:
         loader = getattr(transformers, architecture, loader)  # a head that has no auto class of its own
-    model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    return model.to(best_device(device)), AutoTokenizer.from_pretrained(name)
+    return loader, config
 
 
 def best_device(device: str = "auto") -> torch.device:

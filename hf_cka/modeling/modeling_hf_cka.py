@@ -214,6 +214,23 @@ def take(module: Any, name: str, axis: int, index: torch.Tensor) -> None:
             setattr(module, size, rows[0 if size == "out_features" else 1])
 
 
+def plain_experts(model: Any) -> bool:
+    """Let experts of odd sizes be computed one by one: the grouped kernels take rows of whole 16 bytes alone.
+
+    Args:
+        model: changed in place where some of its experts need it.
+
+    Returns:
+        Whether some did.
+    """
+    odd = any(
+        p.ndim == 3 and p.is_floating_point() and p.shape[-1] * p.element_size() % 16 for p in model.parameters()
+    )
+    if odd and getattr(model, "_can_set_experts_implementation", bool)():
+        model.set_experts_implementation("eager")
+    return odd
+
+
 def part(module: Any, path: str) -> Any:
     """`module.a.b.0` by dotted path, or None; "" is the module itself."""
     for name in filter(None, path.split(".")):
@@ -402,14 +419,15 @@ def autos_of(stock_config: type) -> dict[str, type]:
     """The auto classes that know a config class, and the model class that each makes of it."""
     found: dict[str, type] = {}
     for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if not name.startswith("AutoModel") or mapping is None or stock_config not in mapping.keys():  # noqa: SIM118
+        if not name.startswith("AutoModel") or getattr(auto, "_model_mapping", None) is None:
             continue
-        with contextlib.suppress(AttributeError, ImportError, ValueError):
-            model = mapping[stock_config]
-            model = model[0] if isinstance(model, (list, tuple)) else model
-            if isinstance(model, type) and getattr(model, "config_class", None) is stock_config:
-                found[name] = model
+        # by name: to ask the mapping for its classes would import every model there is
+        named = auto._model_mapping._model_mapping.get(stock_config.model_type)  # type: ignore[attr-defined]
+        if named is None:
+            continue
+        model = getattr(transformers, named if isinstance(named, str) else named[0], None)
+        if isinstance(model, type) and getattr(model, "config_class", None) is stock_config:
+            found[name] = model
     return found
 
 
@@ -471,6 +489,7 @@ def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
     for entry in structure.get("removed") or ():
         replace(model, resolve(entry["module"]), entry["kind"], entry["returns"])
     uncached_text(model.config, structure.get("uncached") or ())
+    plain_experts(model)
 
 
 def _resolver(model: Any) -> Callable[[str], str]:

@@ -495,7 +495,8 @@ def _uniform(
         config = _with_heads(config, entry, count, block) if block > 1 else _with_units(config, entry["members"], count)
     for candidate in config if isinstance(config, list) else [config]:
         with contextlib.suppress(Exception):
-            if _shapes(_on_meta(stock, candidate)) == expected:
+            same = _on_meta(stock, candidate)
+            if _shapes(same) == expected and not code.plain_experts(same):
                 return candidate
     return None
 

@@ -56,12 +56,13 @@ PAPERS: dict[str, Mapping[str, Any]] = {
 }
 # the three paths of MoP's released code: L removes a layer, G narrows all of them
 MOP_PATHS = ("LGGLLLGGLLGLGLLGGL", "GGLLGGGLGGGLLLGGLL", "LGLGGLLGLLGLGLGLGG")
-# what depth pruning removes -> the kinds of structure
+# what depth pruning removes -> the kinds of structure; where a layer has but one branch, that is the layer
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "layers": ("layer",),
-    "sublayers": ("attention", "mlp"),
+    "sublayers": ("attention", "mlp", "cross_attention"),
     "attention": ("attention",),
     "mlp": ("mlp",),
+    "cross_attention": ("cross_attention",),
 }
 # which side of the ratio to end on
 REACH = {"nearest": "as near as possible", "at_least": "not less", "at_most": "not more"}
@@ -88,10 +89,14 @@ class PruningConfig:
         layer_criterion: of depth, for the importance of layers under the budget ``"importance"``.
         width: which widths may go and how they are rounded.
         repair: closed-form correction of what is left, by name (``"least_squares"``), or None.
-        structures: what depth pruning removes: ``"layers"``, ``"sublayers"``, ``"attention"`` or ``"mlp"``.
+        structures: what depth pruning removes: ``"layers"``, ``"sublayers"``, ``"attention"``, ``"mlp"`` or
+            ``"cross_attention"``.
         contiguous: remove each step's layers as one run of neighbours.
         steps: how many times to score on the way; None scores again after every removal, 1 scores once.
-        protect: layers that stay, by index in the model given; negative ones count from the end.
+        protect: layers that stay, by index in the model given; negative ones count from the end. For several stacks:
+            stack -> layers.
+        stack: which stack of layers is pruned, by its path or an unambiguous part of it ("encoder"); several of them,
+            one after the other, each by its share of the ratio; or ``"all"``. By default the one with most parameters.
         order: ``"reversed"`` removes the most important first, as a control.
         reach: end ``"nearest"`` to the ratio, or on one side of it (``"at_least"``, ``"at_most"``).
         rescore: ``"lazy"`` scores again only what can change the decision, where the criterion allows it;
@@ -127,7 +132,8 @@ class PruningConfig:
     structures: str = "layers"
     contiguous: bool = False
     steps: int | None = None
-    protect: tuple[int, ...] = ()
+    protect: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    stack: str | tuple[str, ...] | None = None
     order: str = "normal"
     reach: str = "nearest"
     rescore: str = "lazy"
@@ -141,7 +147,9 @@ class PruningConfig:
         for name, value in lookup(METHODS, self.method, "pruning method").items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        object.__setattr__(self, "protect", tuple(int(i) for i in self.protect))
+        object.__setattr__(self, "protect", _protected(self.protect))
+        if isinstance(self.stack, list | tuple):
+            object.__setattr__(self, "stack", tuple(self.stack))
         self._check_names()
         self._check_fit()
         if self.pooling != "auto":
@@ -222,7 +230,12 @@ class PruningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON data."""
-        return {**asdict(self), "protect": list(self.protect)}
+        data = asdict(self)
+        if isinstance(self.protect, Mapping):
+            data["protect"] = {name: list(layers) for name, layers in self.protect.items()}
+        else:
+            data["protect"] = list(self.protect)
+        return data | {"stack": list(self.stack) if isinstance(self.stack, tuple) else self.stack}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningConfig:
@@ -240,7 +253,7 @@ class PruningConfig:
             given["width"] = WidthSettings(
                 **{**given["width"], "layer_importance": None if importance is None else tuple(importance)}
             )
-        return cls(**{**given, "protect": tuple(given.get("protect", ()))})
+        return cls(**given)
 
     def to_json(self) -> str:
         """Return the config as JSON."""
@@ -250,3 +263,9 @@ class PruningConfig:
     def from_json(cls, text: str) -> PruningConfig:
         """Read what ``to_json`` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def _protected(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {str(name): tuple(int(i) for i in layers) for name, layers in given.items()}
+    return tuple(int(i) for i in given)

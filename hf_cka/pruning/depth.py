@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
 from hf_cka.pruning.criteria.depth import DEPTH
 from hf_cka.pruning.criteria.leave_one_out import calls_of
+from hf_cka.pruning.removable import TooLittleError
 from hf_cka.pruning.state import Run, sharing_copy
-from hf_cka.modeling.surgery import apply_plan
 
 # A lazy run scores this many structures again in one pass; they share the model's own pass.
 LAZY_BATCH = 6
@@ -51,7 +52,7 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
     if not pool:
         raise ValueError(run.removable.why_none(run.kinds, run.protected()))
     check_usable(entry, run.context(), pool)
-    for kind in run.kinds:
+    for kind in dict.fromkeys(s.kind for s in pool):
         some = [s for s in pool if s.kind == kind][:1]
         apply_plan(sharing_copy(run.model), run.removable.plan(some))  # a trial: is surgery able to do it here?
     all_of_them = run.removable.most(pool)
@@ -59,14 +60,15 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
         if config.num_layers > len(all_of_them):
             raise ValueError(
                 f"num_layers={config.num_layers}: at most {len(all_of_them)} of the model's "
-                f"{'layers' if run.kinds == ('layer',) else 'sub-layers'} can be removed."
+                f"{'layers' if {s.kind for s in pool} == {'layer'} else 'sub-layers'} can be removed."
             )
         return
     smallest = min(run.removable.parameters([s]) for s in pool)
     largest = run.removable.parameters(all_of_them)
     total = run.history.parameters
     if not smallest / 2 <= run.need <= largest + smallest / 2:
-        raise ValueError(
+        kind = TooLittleError if run.need < smallest / 2 else ValueError
+        raise kind(
             f"ratio={config.ratio} cannot be reached by removing {config.structures} here: from {smallest / total:.4f} "
             f"(the smallest of them) to {largest / total:.4f} (all that can go) of {total:,} parameters. Choose a "
             "ratio in that range, another kind of structures, or fewer protected layers."
@@ -106,7 +108,7 @@ def score_structures(run: Run, entry: CriterionEntry, structures: Sequence[Struc
         Scores of the structures that can be the least important.
     """
     lazy = entry.lazy and run.config.rescore == "lazy" and run.config.order == "normal"
-    old = _old_scores(run) if lazy else {}
+    old = _old_scores(run, structures) if lazy else {}
     return lazily(lambda some: score(entry, run.context(), some, run.config.order), structures, old)
 
 
@@ -199,21 +201,15 @@ def lazily(
     return fresh
 
 
-def _old_scores(run: Run) -> dict[Structure, float]:
-    """The last score of every structure that is still there, by current index."""
+def _old_scores(run: Run, structures: Sequence[Structure]) -> dict[Structure, float]:
+    """The last score of structures that had one, by current index."""
     by_name: dict[str, float] = {}
     for step in run.history.steps:
         if step.branch == "width":
             by_name.clear()  # it changed every layer
         by_name.update(step.scores)
-    found = {}
-    for layer in range(run.anatomy.num_layers):
-        for kind in run.kinds:
-            structure = Structure(kind, layer)
-            name = run.in_words([structure])[0]
-            if name in by_name:
-                found[structure] = by_name[name]
-    return found
+    names = {s: run.in_words([s])[0] for s in structures}
+    return {s: by_name[name] for s, name in names.items() if name in by_name}
 
 
 def _remove(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> None:

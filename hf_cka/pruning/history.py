@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_cka.pruning.config import PruningConfig
+from hf_cka.anatomy.model import unwrap
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.pruning.config import PruningConfig
 
 VERSION = 1
 FILE = "pruning_history.json"
@@ -173,6 +174,24 @@ class PruningHistory:
                 f"{step.ratio:.2%} |"
             )
         return "\n".join(rows)
+
+
+def recorded_plan(model: Any) -> PruningPlan | None:
+    """Return what was removed from a model, as its config records it; None for one that was never pruned.
+
+    Args:
+        model: bare or wrapped, or its config.
+
+    Example:
+        >>> recorded_plan(nn.Linear(2, 2)) is None
+        True
+    """
+    config = getattr(unwrap(model), "config", None) if isinstance(model, nn.Module) else model
+    for one in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        record = getattr(one, "pruning", None)  # the first version kept it with the layers' config
+        if record and "plan" in record:
+            return PruningPlan.from_dict(record["plan"])
+    return None
 
 
 def model_digest(model: nn.Module) -> str:

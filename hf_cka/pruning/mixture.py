@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usable, score
 from hf_cka.pruning.criteria.branches import RULES, USES
 from hf_cka.pruning.depth import counted, details_of, named, notes_of, score_structures
-from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.state import Run, sharing_copy
-from hf_cka.modeling.surgery import apply_plan
-from hf_cka.pruning.width import layer_parameters, sizes_plan, width_step
+from hf_cka.pruning.width import WidthChoice, layer_parameters, sizes_plan, width_choice, width_step
 from hf_cka.pruning.width_budgets import STRUCTURES, WidthSettings, WidthStep
 from hf_cka.pruning.width_parameters import ModelParameters
 from hf_cka.pruning.width_run import widths_in_words
@@ -39,6 +39,7 @@ class Branch:
         scores: of depth, for the history.
         decisive: the importance of what goes, of depth.
         words: what goes.
+        notes: what was asked for and is done otherwise.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Branch:
     words: tuple[str, ...] = ()
     scores: DepthScores | None = None
     decisive: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def follow_path(parameters: ModelParameters, path: str, settings: WidthSettings) -> list[ModelParameters]:
@@ -81,7 +83,7 @@ def _weigh(
 ) -> tuple[ModelParameters, Fraction]:
     if letter == "L":
         return parameters.without_layers((len(parameters.layers) - 1,)), carry
-    step = _width_step(parameters, parameters.layer_total(0), carry, settings)
+    step = _width_step(parameters, parameters.usual_layer, carry, settings)
     return parameters.resized(step.sizes), step.carry
 
 
@@ -106,7 +108,7 @@ def prune_mixture(run: Run) -> None:
                 return
         elif run.need <= 0:
             return
-        cost = layer_parameters(run.anatomy).layer_total(0)
+        cost = layer_parameters(run.anatomy).usual_layer
         if run.config.ratio is not None and run.config.reach != "at_least" and run.need < cost:
             _remainder(run, width)
             return
@@ -120,7 +122,8 @@ def check_mixture(run: Run, depth: CriterionEntry, width: CriterionEntry) -> Non
         ValueError: naming the reachable range, or what is missing.
     """
     context, config = run.context(), run.config
-    parameters = layer_parameters(run.anatomy)
+    choice = width_choice(run.anatomy, config.width)
+    parameters = choice.parameters
     assert config.path is not None
     needs_depth, needs_width = ("L" in config.path, "G" in config.path) if _is_string(config.path) else (True, True)
     if needs_depth:
@@ -129,15 +132,19 @@ def check_mixture(run: Run, depth: CriterionEntry, width: CriterionEntry) -> Non
             raise ValueError(run.removable.why_none(run.kinds, run.protected()))
         check_usable(depth, context, pool)
     if needs_width:
+        if not needs_depth:
+            choice.check_any()
         check_usable(width, context)
+        choice.warn()
     if config.path in USES:
         check_usable(USES[config.path], context)
     if _is_string(config.path):
-        _check_letters(run, parameters, config.path)
+        _check_letters(run, choice, config.path)
     elif config.ratio is not None:
         inside = parameters.total - parameters.other
-        least = parameters.layers[0]
-        largest = inside - least.fixed - config.width.min_groups * least.group - least.unit
+        sizes = zip(parameters.layers, parameters.sizes.kv_groups, parameters.sizes.units, strict=True)
+        least = min(p.fixed + min(g, config.width.min_groups) * p.group + min(u, 1) * p.unit for p, g, u in sizes)
+        largest = inside - least
         if run.need > largest:
             raise ValueError(
                 f"ratio={config.ratio} cannot be reached: from 0 to {largest / parameters.total:.4f} of "
@@ -146,18 +153,19 @@ def check_mixture(run: Run, depth: CriterionEntry, width: CriterionEntry) -> Non
             )
 
 
-def _check_letters(run: Run, parameters: ModelParameters, path: str) -> None:
-    config, carry, weights = run.config, Fraction(0), parameters
+def _check_letters(run: Run, choice: WidthChoice, path: str) -> None:
+    config, carry = run.config, Fraction(0)
+    parameters = weights = choice.parameters
     for done in range(len(path) + 1):
         need = weights.total - (parameters.total - run.need)
         if config.num_layers is not None:
             enough = done == config.num_layers
         else:  # what is less than a layer needs no letter, unless all steps are whole ones
-            enough = need <= (0 if config.reach == "at_least" else weights.layer_total(0))
+            enough = need <= (0 if config.reach == "at_least" else weights.usual_layer)
         if enough:
             return
         if done < len(path):
-            weights, carry = _weigh(weights, path[done], carry, config.width)
+            weights, carry = _weigh(weights, path[done], carry, choice.settings)
     raise ValueError(
         f"path={path!r} has {len(path)} letters and removes {1 - weights.total / parameters.total:.4f} of the "
         f"parameters, too few for {f'ratio={config.ratio}' if config.ratio else f'num_layers={config.num_layers}'}. "
@@ -190,7 +198,7 @@ def _record(run: Run, chosen: Branch, model: nn.Module, values: dict[str, float]
     table = named(run, chosen.scores) if chosen.scores else {}
     details = details_of(run, chosen.scores) if chosen.scores else {}
     calls = counted(run, chosen.scores) if chosen.scores else (0, 0)
-    notes = [*notes, *(notes_of(run, chosen.scores) if chosen.scores else [])]
+    notes = [*notes, *chosen.notes, *(notes_of(run, chosen.scores) if chosen.scores else [])]
     run.adopt(model, chosen.plan)
     words = chosen.words or widths_in_words(run)
     value = values.get(chosen.name, chosen.decisive)
@@ -223,19 +231,23 @@ def _depth_branch(run: Run, entry: CriterionEntry) -> Branch | str:
 
 def _width_branch(run: Run, entry: CriterionEntry, budget: int) -> Branch | str:
     """Remove as many parameters from the width of all layers; or say why that is not possible."""
+    choice = width_choice(run.anatomy, run.config.width)
     try:
-        step = _width_step(layer_parameters(run.anatomy), budget, _carry(run), run.config.width)
+        choice.check_any()
+        step = _width_step(choice.parameters, budget, _carry(run), choice.settings)
     except ValueError as error:
         return f"width: {error}"
     scores = score(entry, run.context(), None, run.config.order)
-    return Branch("width", sizes_plan(run.anatomy, scores, step.sizes), step.carry)
+    return Branch("width", sizes_plan(run.anatomy, scores, choice.whole(step.sizes)), step.carry, notes=choice.notes)
 
 
 def _remainder(run: Run, entry: CriterionEntry) -> None:
     """Remove what is less than a layer from the width, so that the ratio is met."""
-    parameters = layer_parameters(run.anatomy)
-    units = STRUCTURES[run.config.width.structures][1]
-    smallest = sum(p.unit if units else p.group for p in parameters.layers) * run.config.width.multiple_of
+    choice = width_choice(run.anatomy, run.config.width)
+    units = STRUCTURES[choice.settings.structures][1]
+    there = choice.parameters.sizes.units if units else choice.parameters.sizes.kv_groups
+    each = [p.unit if units else p.group for p, n in zip(choice.parameters.layers, there, strict=True) if n]
+    smallest = sum(each) * run.config.width.multiple_of
     need = run.need - smallest / 2 if run.config.reach == "at_most" else run.need
     if need < smallest / 2:
         return

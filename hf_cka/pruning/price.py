@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,12 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_cka.anatomy import Anatomy, Family, LayerSizes, find_anatomy
+from hf_cka.anatomy import Anatomy, Branch, find_anatomy
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.adapters import own_parameters
-from hf_cka.modeling.plan import PruningPlan, family_and_config
+from hf_cka.pruning.width_parameters import Weights, model_of, own_named
 
 if TYPE_CHECKING:
-    from hf_cka.modeling.structure import LayerShape, Rung
+    from hf_cka.modeling.structure import Rung
+
+# Modules that compare every token with every other, and store keys and values: by the name of their class, because
+# their shapes look like those of mixers that keep a state instead.
+_ATTENDS = re.compile(r"attention|attn", re.IGNORECASE)
+_KEEPS_STATE = re.compile(r"linear_?att|lightning|delta|retention|rwkv|mamba|fourier", re.IGNORECASE)
+_KEYS = re.compile(r"(^|\.)(k|key|keys)(_|$)")
+# Weights that multiply positions, and not every token.
+_POSITIONS = re.compile(r"(^|[._])(pos|position|rel|relative)(_|$)")
+# Fields of configs of mixtures of experts: how many there are, and how many a token goes through.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -24,9 +39,10 @@ class Cost:
     Attributes:
         parameters: all of them; tied ones count once.
         non_embedding_parameters: without embeddings and the output projection to the vocabulary.
-        kv_cache_bytes_per_token: keys and values of one token, in the dtype of the model; 0 for encoders.
-        prefill_flops: to read `length` tokens and give the logits of the last one (of all, for encoders); one
-            multiply-add is two.
+        kv_cache_bytes_per_token: keys and values of one token, in the dtype of the model; 0 for encoders, and for
+            mixers that keep a state instead.
+        prefill_flops: to read `length` tokens (patches, frames: positions of each stack) and give the logits of the
+            last one (of all, for encoders); one multiply-add is two. Of experts, those count that a token goes through.
         decode_flops: to generate one token after `length`; 0 for encoders.
     """
 
@@ -71,16 +87,41 @@ class Price:
 
 
 @dataclass(frozen=True)
-class _LayerCost:
-    """Parameters of one layer, as they grow with its groups and units."""
+class _Attention:
+    """What one attention of a layer computes for each of its members.
 
-    per_group: int
-    attention_rest: int
-    per_unit: int
-    mlp_rest: int
-    other: int
-    group_matmul: int  # weights that multiply every token, per group
-    unit_matmul: int
+    Args:
+        branch: which branch it is.
+        width: name of the width that counts its members; "" where they cannot be told apart.
+        members: how many.
+        stored: numbers that a token stores for one of them.
+        compared: numbers that one pair of tokens takes: heads times the sizes of a key and a value.
+    """
+
+    branch: str
+    width: str
+    members: int
+    stored: int
+    compared: int
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer holds, and what it does with it.
+
+    Args:
+        shapes: of its parameters, by name.
+        factors: how often each multiplies a token; none where it does not.
+        attention: what compares tokens.
+        span: how many tokens one sees at most; None for all.
+        visits: how often a pass runs it.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    factors: Mapping[str, float]
+    attention: tuple[_Attention, ...]
+    span: int | None
+    visits: int
 
 
 class CostTable:
@@ -90,7 +131,7 @@ class CostTable:
         model: a model, its `Anatomy`, or its config (a model is then built on the meta device).
 
     Raises:
-        ValueError: if the family is not known.
+        ValueError: if no layers are recognised.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -102,20 +143,28 @@ class CostTable:
     """
 
     def __init__(self, model: Any) -> None:
-        anatomy = model if isinstance(model, Anatomy) else None
-        if anatomy is None and hasattr(model, "named_modules"):
-            anatomy = find_anatomy(model)
-        if anatomy is None or any(not p.is_floating_point() for p in anatomy.model.parameters()):
-            anatomy = _on_meta(anatomy.model.config if anatomy else model)
+        anatomy = model if isinstance(model, Anatomy) else find_anatomy(model_of(model))
+        if any(not p.is_floating_point() for p in anatomy.model.parameters()):  # packed: does not show its shape
+            stack, inner = anatomy.stack.path, anatomy.model
+            anatomy = find_anatomy(model_of(inner.config))
+            anatomy = anatomy.on(stack) if stack in {s.path for s in anatomy.stacks} else anatomy
         self.anatomy = anatomy
         whole: Any = anatomy.model
-        sizes = [anatomy.sizes(i) for i in range(anatomy.num_layers)]
-        self.layers = [_layer_cost(layer, anatomy, sizes[i], i) for i, layer in enumerate(anatomy.layers)]
-        self.total = sum(p.numel() for p in own_parameters(whole))
+        self.weights = Weights(whole)
+        self.stacks = {
+            stack.path: [_layer(on, i) for i in range(on.num_layers)]
+            for stack in anatomy.stacks
+            for on in [anatomy.on(stack.path)]
+        }
         head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
         self.head = 0 if head is None else head.weight.numel()
+        layers = [m for stack in anatomy.stacks for layer in anatomy.on(stack.path).layers for m in layer.modules()]
+        inside = {id(m) for m in layers}
         embeddings = {
-            id(p): p.numel() for m in whole.modules() if isinstance(m, nn.Embedding) for p in own_parameters(m)
+            id(p): p.numel()
+            for m in whole.modules()
+            if isinstance(m, nn.Embedding) and id(m) not in inside
+            for p in own_parameters(m)
         }
         if head is not None:
             embeddings |= {id(p): p.numel() for p in own_parameters(head)}
@@ -134,56 +183,90 @@ class CostTable:
         Raises:
             ValueError: if the plan does not fit the model.
         """
-        from hf_cka.modeling.structure import layer_shapes
+        plan.validate(self.anatomy)
+        by_stack = {self._on(part).stack.path: part for part in plan.by_stack}
+        return Price(self._cost({}, length), self._cost(by_stack, length), length)
 
-        family, config = self.anatomy.family, self.anatomy.config
-        before = self._cost(layer_shapes(family, config), length)
-        return Price(before, self._cost(plan.shapes(self.anatomy), length), length)
+    def _on(self, plan: PruningPlan) -> Anatomy:
+        return self.anatomy.on(plan.stack) if plan.stack else self.anatomy
 
-    def _cost(self, shapes: list[LayerShape], length: int) -> Cost:
-        decoder = self.anatomy.kind == "decoder"
-        parameters = self.total - sum(self._parameters(i, shape) for i, shape in self._all())
-        cache = prefill = decode = 0
-        for shape in shapes:
-            parameters += self._parameters(shape.source, shape)
-            layer, sizes = self.layers[shape.source], self.anatomy.sizes(shape.source)
-            span = self._span(shape.source)
-            matmul = layer.group_matmul * shape.num_kv_heads + layer.unit_matmul * shape.intermediate_size
-            width = shape.num_heads * sizes.head_dim
-            cache += 2 * shape.num_kv_heads * sizes.head_dim * self.bytes
-            pairs = _pairs(length, span, decoder)
-            prefill += 2 * matmul * length + 4 * width * pairs
-            decode += 2 * matmul + 4 * width * min(length, span or length)
+    def _cost(self, plans: Mapping[str, PruningPlan], length: int) -> Cost:
+        decoder = any(stack.causal for stack in self.anatomy.stacks)
+        gone: list[str] = []
+        narrowed: dict[str, int] = {}
+        cache = prefill = decode = 0.0
+        for stack in self.anatomy.stacks:
+            on, plan = self.anatomy.on(stack.path), plans.get(stack.path)
+            for index, layer in enumerate(self.stacks[stack.path]):
+                left = _left(on, index, layer, plan)
+                path = on.layer_name(index)
+                for name, shape in layer.shapes.items():
+                    if name not in left:
+                        gone.append(f"{path}.{name}")
+                    elif left[name] != math.prod(shape):
+                        narrowed[f"{path}.{name}"] = left[name]
+                if plan is not None and index in plan.removed_layers:
+                    continue
+                matmul = layer.visits * sum(left[name] * f for name, f in layer.factors.items() if name in left)
+                stored, compared = _attending(layer, index, plan)
+                prefill += 2 * matmul * length + 2 * compared * _pairs(length, layer.span, stack.causal)
+                if stack.causal:
+                    cache += stored * self.bytes
+                    decode += 2 * matmul + 2 * compared * min(length, layer.span or length)
+        parameters = self._parameters(gone, narrowed)
         return Cost(
             parameters=parameters,
             non_embedding_parameters=parameters - self.embeddings,
-            kv_cache_bytes_per_token=cache if decoder else 0,
-            prefill_flops=prefill + 2 * self.head * (1 if decoder else length),
-            decode_flops=decode + 2 * self.head if decoder else 0,
+            kv_cache_bytes_per_token=round(cache),
+            prefill_flops=round(prefill) + 2 * self.head * (1 if decoder else length),
+            decode_flops=round(decode) + 2 * self.head if decoder else 0,
         )
 
-    def _all(self) -> list[tuple[int, LayerShape]]:
-        from hf_cka.modeling.structure import layer_shapes
+    def _parameters(self, gone: list[str], narrowed: Mapping[str, int]) -> int:
+        """All that is left: what is shared goes with the last of its places, and where it is narrowed it is apart."""
+        named = self.weights.named
+        cut = Counter(id(named[name]) for name in narrowed)
+        away = Counter(id(named[name]) for name in gone)
+        whole = {id(named[name]): named[name].numel() for name in (*gone, *narrowed)}
+        lost = sum(n for i, n in whole.items() if cut[i] + away[i] == self.weights.places[i])
+        return self.weights.total - lost + sum(narrowed.values())
 
-        return list(enumerate(layer_shapes(self.anatomy.family, self.anatomy.config)))
 
-    def _parameters(self, index: int, shape: LayerShape) -> int:
-        layer = self.layers[index]
-        count = layer.other
-        if "attention" not in shape.skip:
-            count += layer.attention_rest + layer.per_group * shape.num_kv_heads
-        if "mlp" not in shape.skip:
-            count += layer.mlp_rest + layer.per_unit * shape.intermediate_size
-        return count
+def _left(on: Anatomy, index: int, layer: _Layer, plan: PruningPlan | None) -> dict[str, int]:
+    """What is left of each parameter of a layer; those that go are not named."""
+    if plan is None:
+        return {name: math.prod(shape) for name, shape in layer.shapes.items()}
+    if index in plan.removed_layers:
+        return {}
+    gone = {
+        name
+        for branch, layers in plan.removed_branches.items()
+        if index in layers and (there := on.branch(index, branch)) is not None
+        for name in there.parameters
+    }
+    shapes = {name: list(shape) for name, shape in layer.shapes.items() if name not in gone}
+    for name, table in plan.kept.items():
+        width = on.stack.layers[index].width(name) if index in table else None
+        if width is None:
+            continue
+        for part in width.slices:
+            if part.parameter in shapes:
+                shapes[part.parameter][part.axis] -= part.block * (width.members - len(table[index]))
+    return {name: math.prod(shape) for name, shape in shapes.items()}
 
-    def _span(self, index: int) -> int | None:
-        """How many tokens a token of this layer sees at most; None for all."""
-        config = self.anatomy.config
-        window = getattr(config, "sliding_window", None)
-        types = getattr(config, "layer_types", None)
-        if window is None or (types is not None and types[index] != "sliding_attention"):
-            return None
-        return window if self.anatomy.kind == "decoder" else 2 * window + 1
+
+def _attending(layer: _Layer, index: int, plan: PruningPlan | None) -> tuple[int, int]:
+    """Numbers that a token stores, and that a pair of tokens takes, in a layer."""
+    stored = compared = 0
+    for one in layer.attention:
+        members = one.members
+        if plan is not None:
+            if index in plan.removed_branches.get(one.branch, ()):
+                continue
+            members = len(plan.kept.get(one.width, {}).get(index, range(members)))
+        stored += layer.visits * members * one.stored
+        compared += layer.visits * members * one.compared
+    return stored, compared
 
 
 def _pairs(length: int, span: int | None, causal: bool) -> int:
@@ -194,66 +277,85 @@ def _pairs(length: int, span: int | None, causal: bool) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def _layer_cost(layer: nn.Module, anatomy: Anatomy, sizes: LayerSizes, index: int) -> _LayerCost:
-    family = anatomy.family
-    roles = anatomy.projections(index)
-    attention = _parameters_under(layer, _attention_paths(family)) if "o" in roles else {}
-    mlp_paths = ((family.mlp,) if family.mlp else ()) + family.mlp_norms
-    mlp_paths += tuple(family.projections[r] for r in ("gate", "up", "gate_up", "down") if r in family.projections)
-    mlp = _parameters_under(layer, mlp_paths) if "down" in roles else {}
-    per_group = group_matmul = per_unit = unit_matmul = 0
-    for role, path in roles.items():
-        projection: Any = layer.get_submodule(path)
-        weight = projection.weight.numel()
-        bias = projection.bias.numel() if getattr(projection, "bias", None) is not None else 0
-        if role in ("q", "k", "v", "qkv", "o"):
-            per_group += (weight + (bias if role != "o" else 0)) // sizes.num_kv_heads
-            group_matmul += weight // sizes.num_kv_heads
-        else:
-            per_unit += (weight + (bias if role != "down" else 0)) // sizes.intermediate_size
-            unit_matmul += weight // sizes.intermediate_size
-    if "o" in roles:
-        extra = family.position_projections + (family.query_key_norms if family.norm_scope == "all" else ())
-        per_group += sum(_parameters_under(layer, extra).values()) // sizes.num_kv_heads
-    total = sum(p.numel() for p in own_parameters(layer))
-    own, units = sum(attention.values()), sum(mlp.values())
-    return _LayerCost(
-        per_group=per_group,
-        attention_rest=own - per_group * sizes.num_kv_heads,
-        per_unit=per_unit,
-        mlp_rest=units - per_unit * sizes.intermediate_size,
-        other=total - own - units,
-        group_matmul=group_matmul,
-        unit_matmul=unit_matmul,
+def _layer(on: Anatomy, index: int) -> _Layer:
+    layer, found = on.layer(index), on.stack.layers[index]
+    named = dict(own_named(layer))
+    chosen = _expert_share(on.config)
+    factors = {}
+    for name, parameter in named.items():
+        path = name.rpartition(".")[0]
+        module: Any = layer.get_submodule(path) if _has(layer, path) else None
+        if parameter.ndim < 2 or isinstance(module, nn.Embedding) or _POSITIONS.search(path.rpartition(".")[2]):
+            continue
+        expert = "experts" in path.split(".") or "Experts" in type(module).__name__
+        factors[name] = chosen if expert else 1.0
+    attention = tuple(a for b in found.branches if (a := _attention(on, index, b)) is not None)
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    return _Layer(shapes, factors, attention, _span(on, index), found.visits)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for name in filter(None, path.split(".")):
+        if name not in module._modules:
+            return False
+        module = module._modules[name]  # type: ignore[assignment]
+    return True
+
+
+def _expert_share(config: Any) -> float:
+    """Which part of the experts a token goes through."""
+    count, chosen = (
+        next((v for n in names if type(v := getattr(config, n, None)) is int and v > 0), 0)
+        for names in (_EXPERTS, _CHOSEN)
     )
+    return chosen / count if 0 < chosen < count else 1.0
 
 
-def _attention_paths(family: Family) -> tuple[str, ...]:
-    return (family.attention_core, family.projections["o"], *family.attention_norms)
+def _attention(on: Anatomy, index: int, branch: Branch) -> _Attention | None:
+    """What a branch compares, if it is an attention of all tokens with each other."""
+    if branch.kind != "attention" or not _attends(on.layer(index), branch):
+        return None
+    widths = on.stack.layers[index].widths
+    width = next((w for w in widths if w.branch == branch.name and w.kind == "heads"), None)
+    if width is None:
+        heads, groups, size = _of_config(on.config)
+        return _Attention(branch.name, "", groups, 2 * size, 2 * heads // groups * size) if groups else None
+    value = width.output.block // width.heads
+    keys = [s for s in width.slices if s.parameter.endswith("weight") and _KEYS.search(s.module.rpartition(".")[2])]
+    key = keys[0].block if keys and len(keys[0].segments) == 1 else value
+    return _Attention(branch.name, width.name, width.members, key + value, width.heads * (key + value))
 
 
-def _parameters_under(layer: nn.Module, paths: tuple[str, ...]) -> dict[int, int]:
-    """Parameters of the modules at these paths, each once."""
-    from hf_cka.modeling.modeling_hf_cka import part
+def _attends(layer: nn.Module, branch: Branch) -> bool:
+    parts = branch.module.split(".")  # an attention that adds to the stream itself ends in a projection
+    paths = [".".join(parts[:n]) for n in range(1, len(parts))]
+    modules = [layer.get_submodule(path) for path in paths if _has(layer, path)]
+    for path in {branch.module, *(path for path, _ in branch.modules)}:
+        modules += list(layer.get_submodule(path).modules()) if _has(layer, path) else []
+    names = {type(module).__name__ for module in modules}
+    return any(map(_ATTENDS.search, names)) and not any(map(_KEEPS_STATE.search, names))
 
-    modules = [module for path in paths if (module := part(layer, path)) is not None]
-    return {id(p): p.numel() for module in modules for p in own_parameters(module)}
+
+def _of_config(config: Any) -> tuple[int, int, int]:
+    """Query heads, KV groups and the size of a head, as a config says."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) or 0) // max(heads, 1)
+    sizes = (heads, groups, size)
+    return sizes if all(type(n) is int and n > 0 for n in sizes) and heads % groups == 0 else (0, 0, 0)
 
 
-def _on_meta(config: Any) -> Anatomy:
-    """A model of this config without memory."""
-    import transformers
-
-    from hf_cka.modeling.register import register
-
-    register()
-    name = (getattr(config, "architectures", None) or [""])[0]
-    family, _ = family_and_config(config)
-    with torch.device("meta"):
-        if isinstance(getattr(transformers, name, None), type):
-            return find_anatomy(getattr(transformers, name)(config))
-        auto = transformers.AutoModelForCausalLM if family.kind == "decoder" else transformers.AutoModel
-        return find_anatomy(auto.from_config(config))
+def _span(on: Anatomy, index: int) -> int | None:
+    """How many tokens a token of this layer sees at most; None for all."""
+    window = getattr(on.config, "sliding_window", None)
+    types = getattr(on.config, "layer_types", None)
+    number = on.layer_name(index).rpartition(".")[2]  # layers that keep their places count the removed ones too
+    place = int(number) if number.isdecimal() else index
+    if type(window) is not int:
+        return None
+    if types is not None and (place >= len(types) or types[place] != "sliding_attention"):
+        return None
+    return window if on.kind == "decoder" else 2 * window + 1
 
 
 def price(plan: PruningPlan, model: Any, length: int = 1024) -> Price:
@@ -301,16 +403,18 @@ def explain(plan: PruningPlan, model: Any) -> Explanation:
         >>> plan.explain(LlamaConfig()).rung.name
         'hf_cka'
     """
-    from hf_cka.modeling.structure import reshaped_config, rung_of
+    from hf_cka.modeling.structure import target_of
 
-    family, config = family_and_config(model)
-    shapes = plan.shapes(model)
-    rung = rung_of(family, reshaped_config(family, config, shapes))
-    if rung.name != "hf_cka":
-        as_what = "as the dense model" if rung.name == "stock" else "as any Mistral"
+    anatomy = model if isinstance(model, Anatomy) else find_anatomy(model_of(model))
+    plan.validate(anatomy)
+    target = target_of(anatomy, plan)
+    if target.rung.name != "hf_cka":
+        as_what = "as the dense model" if target.rung.name == "stock" else "as any Mistral"
         loaders = {"transformers": as_what, "vLLM": as_what, "llama.cpp": as_what}
     else:
-        skips = any("attention" in shape.skip for shape in shapes)
+        gone = [name for stack in anatomy.stacks for layer in stack.layers for name in layer.skipped]
+        gone += [name for part in plan.by_stack for name in part.removed_branches]
+        skips = "attention" in gone or bool(target.structure.get("uncached"))
         loaders = {
             "transformers": "after `import hf_cka`, or with trust_remote_code=True",
             "vLLM": "no: its transformers backend refuses layers without attention"
@@ -318,4 +422,4 @@ def explain(plan: PruningPlan, model: Any) -> Explanation:
             else "through its transformers backend, with trust_remote_code",
             "llama.cpp": "no",
         }
-    return Explanation(rung, loaders)
+    return Explanation(target.rung, loaders)

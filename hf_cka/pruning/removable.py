@@ -17,6 +17,10 @@ from hf_cka.pruning.criteria.base import Kind, Structure
 from hf_cka.pruning.width_parameters import Weights, own_named
 
 
+class TooLittleError(ValueError):
+    """What is to go is less than the smallest thing that can."""
+
+
 def num_parameters(model: nn.Module) -> int:
     """Return the parameters of a model, embeddings included and adapters left out; tied ones count once.
 
@@ -70,6 +74,7 @@ class Removable:
         self.anatomy = anatomy
         self.weights = Weights(anatomy.model)
         self.names = [[name for name, _ in own_named(layer)] for layer in anatomy.layers]
+        self.whole = [self._is_one(i) for i in range(anatomy.num_layers)]
 
     def plan(self, structures: Iterable[Structure]) -> PruningPlan:
         """Return the plan that removes structures.
@@ -151,9 +156,9 @@ class Removable:
             length: likewise.
         """
         kept = set(protect)
-        reasons = (self.why_not([s]) for s in self._there(kinds, kept, length))
+        reasons = list(dict.fromkeys(self.why_not([s]) for s in self._there(kinds, kept, length)))
         count = self.anatomy.num_layers
-        text = f"Nothing can be removed: of {count} layers, {len(kept)} are protected. {next(reasons, '')}"
+        text = f"Nothing can be removed: of {count} layers, {len(kept)} are protected. {' '.join(reasons[:3])}"
         return text.rstrip()
 
     def _there(self, kinds: Sequence[Kind], kept: set[int], length: int) -> Iterator[Structure]:
@@ -161,9 +166,9 @@ class Removable:
             for kind in kinds:
                 if kind == "layer":
                     found = [Structure("layer", index, length)]
-                elif self._is_one(index):
-                    alike = kind in {b.kind for b in layer.branches} or (not layer.branches and kind == kinds[0])
-                    found = [Structure("layer", index)] if alike else []
+                elif self.whole[index]:
+                    asked = {b.kind for b in layer.branches} or (set(kinds[:1]) if len(kinds) > 1 else set())
+                    found = [Structure("layer", index)] if kind in asked else []
                 else:
                     found = [Structure(b.name, index) for b in layer.branches if b.kind == kind]
                 yield from (s for s in found if not kept & set(s.layers))

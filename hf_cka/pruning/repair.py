@@ -1,13 +1,14 @@
 """Closed-form repairs: correct what is left of a model for what a plan removes, without training.
 
 A repair changes the dense model's weights in place, before surgery: ``repair(model, plan, batches)``, then
-``apply_plan(model, plan)``. It works with any criterion, and reads the calibration data only.
+``apply_plan(model, plan)``. It works with any criterion, and reads the calibration data only. Output projections that
+are one matrix are repaired; experts and convolutions stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +20,10 @@ from tqdm.auto import tqdm
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
 from hf_cka.lookup import lookup
-from hf_cka.pruning.adapters import added_weight
-from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, stream_inputs
-from hf_cka.pruning.normal_equations import Fit, NormalEquations
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.pruning.criteria.inputs import Tokens, linear_outputs, stream_inputs
+from hf_cka.pruning.criteria.weights import holder_of, stored, weight_matrix
+from hf_cka.pruning.normal_equations import Fit, NormalEquations
 from hf_cka.pruning.walk import Walk, is_held_out, kept_features
 from hf_cka.representations import evaluating
 
@@ -82,8 +83,9 @@ def repair(
         What was repaired, with the calibration error before and after.
 
     Raises:
-        ValueError: for an unknown method, a plan for another model, an architecture or plan the method cannot take,
-            quantized or offloaded weights, or no data. The weights are as before then.
+        ValueError: for an unknown method, a plan for another model, an architecture or plan the method cannot take
+            (all that stays leaves through experts or convolutions), quantized or offloaded weights, or no data. The
+            weights are as before then.
 
     Example:
         >>> report = repair(model, plan, batches)  # doctest: +SKIP
@@ -92,8 +94,27 @@ def repair(
     fix = lookup(REPAIRS, method, "repair")
     anatomy = find_anatomy(model)
     plan.validate(anatomy)
-    with evaluating(anatomy.model), _all_or_nothing(anatomy, plan):
-        return RepairReport(method, tuple(fix(anatomy, plan, batches, progress=progress, **settings)))
+    parts = [(anatomy.on(part.stack) if part.stack else anatomy, part) for part in plan.by_stack]
+    parts = [(on, part) for on, part in parts if any(linear_outputs(on, layer) for layer in part.kept_layers)]
+    if not parts:
+        raise ValueError(
+            f"Nothing that stays of {type(anatomy.model).__name__} can be repaired: whatever can be narrowed there "
+            "leaves through experts or convolutions, and only single matrices are refitted."
+        )
+    data = batches if len(parts) == 1 else list(batches)
+    done: list[Repaired] = []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(anatomy.model))
+        for on, part in parts:
+            stack.enter_context(_all_or_nothing(on, part))
+        for on, part in parts:
+            done += fix(on, part, data, progress=progress, **settings)
+        if not done and not plan.removes_nothing:
+            raise ValueError(
+                f"{method!r} can repair nothing of what this plan removes ({plan}): experts and convolutions stay as "
+                "they are. Leave the repair out."
+            )
+    return RepairReport(method, tuple(done))
 
 
 def least_squares(
@@ -139,7 +160,7 @@ def least_squares(
     if not sequential:
         return list(_dense_least_squares(anatomy, plan, batches, damping, progress))
     if every is None:
-        every = bool(plan.removed_layers or plan.removed_attention or plan.removed_mlp)
+        every = bool(plan.removed_layers or plan.removed_branches)
     done = []
     walk = Walk(anatomy, plan, batches)
     for layer in tqdm(plan.kept_layers, desc="least squares", unit="layer", disable=not progress, delay=2):
@@ -177,10 +198,10 @@ def mean_shift(
     gone = {key: index for key, index in _removed_inputs(anatomy, plan).items() if _bias(anatomy, *key) is not None}
     if not gone:
         raise ValueError(
-            f"mean_shift needs a bias in a projection that the plan cuts, and {anatomy.family.name!r} has none there. "
+            f"mean_shift needs a bias in a projection that the plan cuts, and {anatomy.model_type!r} has none there. "
             "Use 'least_squares'."
         )
-    matrices = {key: _given(anatomy, *key)[:, index].double().cpu() for key, index in gone.items()}
+    matrices = {key: weight_matrix(anatomy, *key)[:, index].double().cpu() for key, index in gone.items()}
     statistics: dict[tuple[int, str], list[Any]] = {key: [0.0, 0.0, 0.0] for key in gone}
 
     def consume(layer: int, role: str, tokens: Tokens) -> None:
@@ -236,7 +257,7 @@ def linear_map(
     walk = Walk(anatomy, plan, batches)
     if walk.gain["down"] is None:
         raise ValueError(
-            f"linear_map folds a map into the MLP's output, and {anatomy.family.name!r} normalises that before it is "
+            f"linear_map folds a map into the MLP's output, and {anatomy.model_type!r} normalises that before it is "
             "added to the residual stream. Use 'least_squares'."
         )
     front = [i for i in plan.kept_layers if walk.runs_ahead(i) and "down" in walk.present(i)]
@@ -256,7 +277,7 @@ def linear_map(
             weight = _columns(anatomy, layer, "down")
             bias = _bias(anatomy, layer, "down")
             with torch.no_grad():
-                given = _given(anatomy, layer, "down").double()
+                given = weight_matrix(anatomy, layer, "down").double()
                 weight += (correction.T.to(weight.device) @ given).to(weight)
                 if bias is not None:
                     bias += (bias.double() @ correction.to(bias.device)).to(bias)
@@ -279,7 +300,7 @@ def _dense_least_squares(
     def consume(layer: int, role: str, tokens: Tokens) -> None:
         key, device = (layer, role), tokens.values.device
         if key in gone:
-            lost = _given(anatomy, *key)[:, gone[key].to(device)].to(tokens.values)
+            lost = weight_matrix(anatomy, *key)[:, gone[key].to(device)].to(tokens.values)
             given = tokens.values[:, gone[key].to(device)] @ lost.T
             stays = kept[key]
             assert stays is not None
@@ -325,33 +346,24 @@ def _check_damping(damping: float | None) -> None:
 def _removed_inputs(anatomy: Anatomy, plan: PruningPlan) -> dict[tuple[int, str], torch.Tensor]:
     """(layer, role) -> input features of an output projection that the plan cuts."""
     found = {}
-    for role, table in (("o", plan.kept_groups), ("down", plan.kept_units)):
-        for layer in table:
-            stay = torch.zeros(_columns(anatomy, layer, role).shape[1], dtype=torch.bool)
+    for layer in plan.kept_layers:
+        for role in linear_outputs(anatomy, layer):
             kept = kept_features(anatomy, plan, layer, role)
-            assert kept is not None
-            stay[kept] = True
-            found[layer, role] = (~stay).nonzero().flatten()
+            if kept is not None:
+                stay = torch.zeros(_columns(anatomy, layer, role).shape[1], dtype=torch.bool)
+                stay[kept] = True
+                found[layer, role] = (~stay).nonzero().flatten()
     return dict(sorted(found.items()))
 
 
 def _module(anatomy: Anatomy, layer: int, role: str) -> nn.Module:
-    return anatomy.layer(layer).get_submodule(anatomy.projections(layer)[role])
+    return holder_of(anatomy.layer(layer), anatomy.outputs(layer)[role].output.parameter)
 
 
 def _columns(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
     """The weight itself as (out_features, in_features), to be changed in place."""
     weight: Any = _module(anatomy, layer, role).weight
-    return weight.detach().T if anatomy.family.transposed else weight.detach()
-
-
-def _given(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
-    """What a projection computes with, as (out_features, in_features): its weight and what adapters add to it."""
-    added = added_weight(_module(anatomy, layer, role))
-    weight = _columns(anatomy, layer, role)
-    if added is None:
-        return weight
-    return weight + (added.T if anatomy.family.transposed else added).to(weight)
+    return weight.detach().T if anatomy.outputs(layer)[role].output.axis == 0 else weight.detach()
 
 
 def _bias(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor | None:
@@ -364,14 +376,14 @@ def _all_or_nothing(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
     """Check that the weights can be changed; put them back if the repair does not end well, Ctrl-C included."""
     before = []
     for layer in plan.kept_layers:
-        for role in anatomy.projections(layer).keys() & set(OUTPUT_ROLES):
-            module = _module(anatomy, layer, role)
-            weight: Any = getattr(module, "weight", None)
-            if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
+        for role, width in linear_outputs(anatomy, layer).items():
+            if stored(anatomy.layer(layer), width.output.parameter) is None:
+                module = _module(anatomy, layer, role)
                 raise ValueError(
                     f"The {role!r} projection of layer {layer} ({type(module).__name__}) has no plain weight in memory "
                     "to repair. Load the model unquantized and without offloading."
                 )
+            weight: Any = _module(anatomy, layer, role).weight
             before += [
                 (tensor, tensor.clone())
                 for tensor in (weight.detach(), _bias(anatomy, layer, role))

@@ -14,12 +14,12 @@ from torch import nn
 
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria.base import Kind, ScoringContext, Structure
 from hf_cka.pruning.history import PruningHistory, PruningStep
-from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.removable import Removable, num_parameters
-from hf_cka.modeling.surgery import apply_plan
 from hf_cka.representations import Pooling, resolve_pooling
 
 
@@ -38,6 +38,7 @@ class Run:
         progress: show bars.
         on_step: called after every step.
         tune: trains a model in place for a moment, if anything does.
+        stack: path of the stack that is pruned; by default the one with most parameters.
     """
 
     config: PruningConfig
@@ -50,6 +51,7 @@ class Run:
     progress: bool = False
     on_step: Callable[[PruningStep], None] | None = None
     tune: Callable[[nn.Module], object] | None = None
+    stack: str | None = None
     anatomy: Anatomy = field(init=False)
     removable: Removable = field(init=False)
 
@@ -57,7 +59,8 @@ class Run:
         self._look()
 
     def _look(self) -> None:
-        self.anatomy = find_anatomy(self.model)
+        self.anatomy = find_anatomy(self.model, self.stack)
+        self.stack = self.anatomy.stack.path
         self.removable = Removable(self.anatomy)
 
     def candidates(self, length: int = 1) -> list[Structure]:
@@ -67,7 +70,7 @@ class Run:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of structure that depth pruning removes."""
-        return STRUCTURES[self.config.structures]  # type: ignore[return-value]
+        return STRUCTURES[self.config.structures]
 
     @property
     def parameters(self) -> int:
@@ -91,7 +94,7 @@ class Run:
 
     def context(self, model: nn.Module | None = None) -> ScoringContext:
         """Return what a criterion sees: the model so far, or another one."""
-        anatomy = self.anatomy if model is None else find_anatomy(model)
+        anatomy = self.anatomy if model is None else find_anatomy(model, self.stack)
         # the seed follows the step, so that a resumed run draws what an uninterrupted one would
         seed = self.config.seed * 10_007 + len(self.history.steps)
         return ScoringContext(anatomy.model, anatomy, self.batches, self.pooling, seed, self.progress)
@@ -105,13 +108,16 @@ class Run:
         """Return the current indices of protected layers.
 
         Raises:
-            ValueError: for an index out of range.
+            ValueError: for an index out of range, or a stack that is not there.
         """
-        count = self.plan.num_layers
-        wrong = [i for i in self.config.protect if not -count <= i < count]
+        count, protect = self.plan.num_layers, self.config.protect
+        if isinstance(protect, Mapping):
+            here = [indices for name, indices in protect.items() if self.anatomy.on(name).stack.path == self.stack]
+            protect = tuple(i for indices in here for i in indices)
+        wrong = [i for i in protect if not -count <= i < count]
         if wrong:
             raise ValueError(f"protect={list(wrong)} is out of range: the model has {count} layers.")
-        wanted = {i % count for i in self.config.protect}
+        wanted = {i % count for i in protect}
         return {now for now, before in enumerate(self.plan.kept_layers) if before in wanted}
 
     def remove(self, structures: Sequence[Structure]) -> None:

@@ -3,7 +3,8 @@
 Each layer is run alone, with the arguments the model itself gives it, on hidden states that were kept from the layer
 before. So a repair of layer l can look at what the layers before it, pruned and repaired already, hand over; each
 layer costs a few calls, and only one layer's statistics are in memory, beside two hidden states per token. The model
-is dense all the way: what a plan removes is silenced, which is what surgery makes of it.
+is dense all the way: what a plan removes is silenced, which is what surgery makes of it. Only projections that are one
+matrix are looked at: experts and convolutions follow the plan, but are not repaired.
 """
 
 from __future__ import annotations
@@ -11,23 +12,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_cka.anatomy import Anatomy
+from hf_cka.anatomy import OUTPUTS, Anatomy
 from hf_cka.data import Batch
-from hf_cka.pruning.criteria.base import Structure
-from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, Tokens, select_tokens
-from hf_cka.pruning.criteria.replay import call_with, entering, forwards, hidden_of, rewrap, silenced
+from hf_cka.modeling.modeling_hf_cka import arguments_of
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.representations import check_runnable, forward, token_mask
+from hf_cka.pruning.criteria.base import Structure
+from hf_cka.pruning.criteria.inputs import (
+    OUTPUT_ROLES,
+    Tokens,
+    linear_outputs,
+    select_tokens,
+    tapped_slice,
+    tokens_of,
+)
+from hf_cka.pruning.criteria.replay import (
+    call_with,
+    entering,
+    forwards,
+    hidden_of,
+    passing,
+    rewrap,
+    silenced,
+    unreached,
+    with_input,
+)
+from hf_cka.pruning.criteria.weights import holder_of
+from hf_cka.representations import check_runnable, forward, num_rows, rows_of, token_mask
 
 # A branch is added to the residual stream if doubling its output moves the stream by a multiple of that output, up to
 # this part of it. Rounding stays below; a norm in between is far above.
 _ADDITIVE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-_KINDS = {"o": "attention", "down": "mlp"}
 
 
 @dataclass
@@ -35,8 +55,8 @@ class Rows:
     """One calibration batch in front of a layer.
 
     Args:
-        calls: per layer, the arguments the model gave it, hidden states left out.
-        mask: ``(batch, tokens)``.
+        calls: per layer, the arguments the model gave it, with an empty tensor for the hidden states.
+        batch: what the model read.
         dense: hidden states of the dense model, ``(batch, tokens, hidden_size)``.
         pruned: those of the pruned one.
         outputs: role -> output of that projection in the dense model, in the layer that was entered last.
@@ -45,7 +65,7 @@ class Rows:
     """
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    mask: torch.Tensor
+    batch: Batch
     dense: torch.Tensor
     pruned: torch.Tensor
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,15 +109,11 @@ def kept_features(anatomy: Anatomy, plan: PruningPlan, layer: int, role: str) ->
         >>> kept_features(anatomy, PruningPlan(1, "llama", kept_groups={0: [1]}), 0, "o").tolist()
         [2, 3]
     """
-    table = plan.kept_groups if role == "o" else plan.kept_units
-    if layer not in table:
+    table = plan.kept.get(OUTPUTS[role], {})
+    width = anatomy.width(layer, OUTPUTS[role])
+    if layer not in table or width is None:
         return None
-    index = torch.tensor(table[layer])
-    if role == "down":
-        return index
-    sizes = anatomy.sizes(layer)
-    width = sizes.num_heads // sizes.num_kv_heads * sizes.head_dim
-    return (index.unsqueeze(1) * width + torch.arange(width)).flatten()
+    return torch.tensor(width.output.indices(table[layer]))
 
 
 def is_held_out(row: torch.Tensor) -> torch.Tensor:
@@ -134,10 +150,18 @@ class Walk:
         check_runnable(anatomy.model)
         self.anatomy, self.plan = anatomy, plan
         self.rows: list[Rows] = []
-        self.template: Any = None
+        chain = anatomy.stack.layers
+        bent = [i for i, layer in enumerate(chain) if layer.visits > 1 or "shape of the stream" in layer.reason]
+        if bent:
+            raise ValueError(
+                f"Layers {bent[:8]} of {anatomy.layers_path!r} run several times or change the shape of the stream, so "
+                "its layers cannot be repaired one by one."
+            )
+        self.linear = [linear_outputs(anatomy, layer) for layer in range(anatomy.num_layers)]
         for index, batch in enumerate(batches):
-            rows = self._start(batch, token_mask(batch, index))
-            rows.first = sum(len(earlier.mask) for earlier in self.rows)
+            token_mask(batch, index)  # refuses what is no batch
+            rows = self._start(batch)
+            rows.first = sum(num_rows(earlier.batch) for earlier in self.rows)
             self.rows.append(rows)
         if not self.rows:
             raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
@@ -148,9 +172,11 @@ class Walk:
     # ---- what the plan leaves of a layer ----
 
     def present(self, layer: int) -> list[str]:
-        """Return the output projections of a layer that stay, in the order they run."""
-        gone = {"o": self.plan.removed_attention, "down": self.plan.removed_mlp}
-        return [role for role in OUTPUT_ROLES if role in self.anatomy.projections(layer) and layer not in gone[role]]
+        """Return the output projections of a layer that stay and are one matrix, in the order they run."""
+        return [role for role, width in self.linear[layer].items() if not self._goes(layer, width.branch)]
+
+    def _goes(self, layer: int, branch: str) -> bool:
+        return layer in self.plan.removed_branches.get(branch, ())
 
     def kept(self, layer: int, role: str) -> torch.Tensor | None:
         """Return the input features of an output projection that stay, or None if all do."""
@@ -158,7 +184,7 @@ class Walk:
 
     def projection(self, layer: int, role: str) -> nn.Module:
         """Return an output projection."""
-        return self.anatomy.layer(layer).get_submodule(self.anatomy.projections(layer)[role])
+        return holder_of(self.anatomy.layer(layer), self.linear[layer][role].output.parameter)
 
     def runs_ahead(self, layer: int) -> int:
         """Return how many removed layers follow a layer."""
@@ -192,10 +218,10 @@ class Walk:
                 after = self._call(layer, rows, rows.dense)
             stream, gain = {"down": after}, self.gain["o"]
             if "o" in seen and gain is not None:
-                stream["o"] = rows.dense + gain * seen["o"][1]
+                stream["o"] = rows.dense + gain * _like(seen["o"][1], rows.dense)
             found = {}
             for role, (inputs, _) in seen.items():
-                tokens = select_tokens(inputs, rows.mask)
+                tokens = self._tokens(inputs, rows)
                 found[role] = tokens.values, self._weight(tokens, stream[role] if self._adds(role) else None, rows)
             rows.dense = after
             yield found
@@ -221,19 +247,19 @@ class Walk:
                 target = rows.dense
                 gain = self.gain[role] if self._adds(role) else None
                 if gain is None:
-                    missing = (_wide(rows.outputs[role]) - _wide(output)).reshape(rows.dense.shape)
+                    missing = self._tokens(_wide(rows.outputs[role]) - _wide(output), rows)
                 elif role == "down":
-                    missing, target = (_wide(rows.after) - _wide(behind)) / gain, rows.after
+                    missing, target = self._stream((_wide(rows.after) - _wide(behind)) / gain, rows), rows.after
                 else:
-                    own = _wide(rows.outputs["o"]) - _wide(output)
-                    target = rows.dense + gain * rows.outputs["o"]
-                    missing = own + (_wide(rows.dense) - _wide(rows.pruned)) / gain
-                tokens = select_tokens(inputs, rows.mask)
+                    own = _like(_wide(rows.outputs["o"]) - _wide(output), rows.dense)
+                    target = rows.dense + gain * _like(rows.outputs["o"], rows.dense)
+                    missing = self._stream(own + (_wide(rows.dense) - _wide(rows.pruned)) / gain, rows)
+                tokens = self._tokens(inputs, rows)
                 weight = self._weight(tokens, None if gain is None else target, rows)
                 yield Seen(
                     tokens.values if kept is None else tokens.values[:, kept.to(tokens.values.device)],
-                    select_tokens(output, rows.mask).values,
-                    select_tokens(missing, rows.mask).values,
+                    self._tokens(output, rows).values,
+                    missing.values,
                     weight,
                     is_held_out(rows.first + tokens.prompt),
                 )
@@ -249,44 +275,73 @@ class Walk:
         """Whether a branch's output is added to the residual stream (and so is the other's)."""
         return self.gain[role] is not None and all(self.gain.values())
 
+    def _tokens(self, values: torch.Tensor, rows: Rows) -> Tokens:
+        """Of what enters or leaves a projection."""
+        return tokens_of(values, rows.batch, self.anatomy)
+
+    def _stream(self, hidden: torch.Tensor, rows: Rows) -> Tokens:
+        """Of what flows between layers."""
+        return select_tokens(*rows_of(hidden, rows.batch, self.anatomy))
+
     def _weight(self, tokens: Tokens, stream: torch.Tensor | None, rows: Rows) -> torch.Tensor:
         """Prompts weigh equally; a token weighs one over the mean square of the stream, where there is one."""
         weight = tokens.weight.to(tokens.values.device)
-        return weight if stream is None else weight / select_tokens(stream, rows.mask).values.double().square().mean(1)
+        return weight if stream is None else weight / self._stream(stream, rows).values.double().square().mean(1)
 
     # ---- how a layer is run ----
 
-    def _start(self, batch: Batch, mask: torch.Tensor) -> Rows:
+    def _start(self, batch: Batch) -> Rows:
         """Run the model with layers that hand their input on, and note how it calls each of them."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         handed: list[torch.Tensor] = []
+        name = type(self.anatomy.model).__name__
 
-        def noting(original: Any) -> Any:
+        def noting(index: int, original: Any) -> Any:
+            given_on = self._handing(index, original)
+
             def note(*args: Any, **kwargs: Any) -> Any:
                 hidden = entering(args, kwargs)
                 if handed and hidden is not handed[-1]:
                     raise ValueError(
-                        f"{type(self.anatomy.model).__name__} changes the hidden states between layers "
-                        f"{len(calls) - 1} and {len(calls)}, so its layers cannot be repaired one by one."
+                        f"{name} changes the hidden states between layers {len(calls) - 1} and {len(calls)}, so its "
+                        "layers cannot be repaired one by one."
                     )
-                if self.template is None:  # the form in which layers return: bare, or in a tuple
-                    output = original(*args, **kwargs)
-                    self.template = rewrap(output, hidden_of(output)[:0])
+                if len(calls) != index:
+                    raise ValueError(f"{name} runs layer {index} out of turn or again, so a repair cannot walk along.")
                 handed.append(hidden)
-                # positional hidden states leave an empty place; named ones are put back by `call_with`
-                calls.append(
-                    (((None, *args[1:]) if args else ()), {k: v for k, v in kwargs.items() if v is not hidden})
-                )
-                return rewrap(self.template, hidden)
+                calls.append(with_input(args, kwargs, hidden.new_empty(0)))
+                return given_on(*args, **kwargs)
 
             return note
 
         layers = list(self.anatomy.layers)
-        with torch.no_grad(), forwards(layers, [noting(layer.forward) for layer in layers]):
+        with torch.no_grad(), forwards(layers, [noting(i, layer.forward) for i, layer in enumerate(layers)]):
             forward(self.anatomy, batch)
+        if not calls:
+            raise unreached(self.anatomy, batch)
         if len(calls) != len(layers):
             raise ValueError(f"{len(calls)} of {len(layers)} layers ran in the forward pass; a repair needs all.")
-        return Rows(calls, mask, handed[0], handed[0])
+        return Rows(calls, batch, handed[0], handed[0])
+
+    def _handing(self, index: int, original: Any) -> Any:
+        """A ``forward`` that hands the input of a layer on, in the form in which the layer returns."""
+        layer = self.anatomy.stack.layers[index]
+        arguments = arguments_of(self.anatomy.layer(index))
+
+        def hand(*args: Any, **kwargs: Any) -> Any:
+            # what others use, beside the stream, has to be computed
+            output = original(*args, **kwargs) if layer.reason else None
+            if output is not None:
+                return passing(rewrap(output, hidden_of(output).new_empty(0)), layer.returns, arguments)(
+                    *args, **kwargs
+                )
+            empty = entering(args, kwargs).new_empty(0)
+            template = (
+                empty if layer.returns is None else tuple(empty if n == "stream" else None for n in layer.returns)
+            )
+            return passing(template, layer.returns, arguments)(*args, **kwargs)
+
+        return hand
 
     def _call(self, layer: int, rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = rows.calls[layer]
@@ -302,13 +357,6 @@ class Walk:
         """Note (input, output) of the output projections, of the dense layer or of what the plan leaves of it."""
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def before(kept: torch.Tensor) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-                mask = torch.zeros(args[0].shape[-1]).index_fill_(0, kept, 1)
-                return (args[0] * mask.to(args[0]), *args[1:])
-
-            return hook
-
         def after(role: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
                 seen[role] = (args[0], output)
@@ -316,37 +364,66 @@ class Walk:
             return hook
 
         with ExitStack() as stack:
-            for role in self.anatomy.projections(layer).keys() & OUTPUT_ROLES:
-                module, kept = self.projection(layer, role), self.kept(layer, role)
-                if pruned and role not in self.present(layer):
-                    stack.enter_context(silenced(self.anatomy, Structure(_KINDS[role], layer)))  # type: ignore[arg-type]
-                if pruned and kept is not None:
-                    stack.callback(module.register_forward_pre_hook(before(kept)).remove)
-                stack.callback(module.register_forward_hook(after(role)).remove)
+            if pruned:
+                stack.enter_context(self._cut(layer))
+            for role in self.linear[layer]:
+                stack.callback(self.projection(layer, role).register_forward_hook(after(role)).remove)
             yield seen
+
+    @contextmanager
+    def _cut(self, layer: int) -> Iterator[None]:
+        """Let a layer compute as if the plan had been applied to it."""
+        with ExitStack() as stack:
+            for name in self.plan.removed_branches:
+                if self._goes(layer, name):
+                    stack.enter_context(silenced(self.anatomy, Structure(name, layer)))
+            for name, table in self.plan.kept.items():
+                width = self.anatomy.width(layer, name)
+                if layer not in table or width is None:
+                    continue
+                stays = torch.zeros(width.members).index_fill_(0, torch.tensor(table[layer]), 1)
+                for part in dict.fromkeys((width.output, *width.outputs)):
+                    mask = stays.repeat_interleave(part.block)
+                    tap = partial(_masked, mask)
+                    stack.enter_context(tapped_slice(self.anatomy, layer, name, width, part, tap))
+            yield
 
     def _gain(self, role: str) -> float | None:
         """The factor with which a branch is added to the residual stream; None if it is not simply added.
 
         Read from what the model does: with the other branch silenced, the projection's output is doubled.
         """
-        having = [i for i in range(self.anatomy.num_layers) if role in self.anatomy.projections(i)]
+        having = [i for i, own in enumerate(self.linear) if role in own]
         if not having:
             return 1.0
         layer, rows = having[0], self.rows[0]
-        others = [r for r in OUTPUT_ROLES if r != role and r in self.anatomy.projections(layer)]
+        own = self.linear[layer][role].branch
+        others = [b.name for b in self.anatomy.stack.layers[layer].branches if b.name != own]
         with torch.no_grad(), ExitStack() as stack:
             for other in others:
-                stack.enter_context(silenced(self.anatomy, Structure(_KINDS[other], layer)))  # type: ignore[arg-type]
+                stack.enter_context(silenced(self.anatomy, Structure(other, layer)))
             with self._watched(layer) as seen:
                 once = self._call(layer, rows, rows.dense)
             double = self.projection(layer, role).register_forward_hook(lambda _m, _a, output: 2 * output)
             stack.callback(double.remove)
-            moved = select_tokens(self._call(layer, rows, rows.dense) - once, rows.mask).values
-            output = select_tokens(seen[role][1], rows.mask).values
+            moved = self._stream(self._call(layer, rows, rows.dense) - once, rows).values
+            output = self._tokens(seen[role][1], rows).values
+        if moved.shape != output.shape:  # windows with a border of their own
+            return None
         gain = float((moved * output).sum() / output.square().sum())
         off = float((moved - gain * output).norm())
         return gain if off <= _ADDITIVE[once.dtype] * float(moved.norm()) and gain > 0 else None
+
+
+def _masked(mask: torch.Tensor, _layer: int, _role: str, values: torch.Tensor) -> torch.Tensor:
+    return values * mask.to(values)
+
+
+def _like(output: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """What a projection gives, in the layout of the stream: channels may come first there, or rows lie in one."""
+    if stream.ndim == 4 and output.shape != stream.shape and output.shape == stream.movedim(1, -1).shape:
+        return output.movedim(-1, 1)
+    return output.reshape(stream.shape)
 
 
 def _wide(hidden: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ One small function per rule, all of one signature, in ``BUDGETS``.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class WidthSettings:
     """How widths may be chosen.
 
     Args:
-        structures: ``"both"``, ``"heads"`` or ``"units"``.
+        structures: ``"both"``, ``"heads"`` or ``"units"``; where a model has none of a kind, the other one.
         rule: of the budget ``"uniform"``: see :func:`width_step`.
         multiple_of: round the units that stay to a multiple of this.
         min_groups: KV groups that stay in every layer.
@@ -35,6 +36,8 @@ class WidthSettings:
         layer_importance: per layer, for the budget ``"importance"``.
         strength: of the budget ``"importance"``: 0 is uniform; at 1 the layer that is farthest from the mean
             importance loses nothing (or twice the mean share).
+        inexact: narrow also what a norm spans (OLMo 2's heads), so that removing some is not equal to zeroing them;
+            without it such widths are left alone, unless there are no others of that kind.
 
     Raises:
         ValueError: for an unknown name or a number that is out of range.
@@ -51,6 +54,7 @@ class WidthSettings:
     floor: float = 0.1
     layer_importance: tuple[float, ...] | None = None
     strength: float = 0.5
+    inexact: bool = False
 
     def __post_init__(self) -> None:
         lookup(STRUCTURES, self.structures, "structures")
@@ -87,12 +91,15 @@ def width_step(
     carry: Fraction = Fraction(0),
     min_groups: int = 1,
     multiple_of: int = 1,
+    reach: str = "nearest",
 ) -> WidthStep:
     """Remove the same number of KV groups and units from every layer, for a number of parameters.
 
+    Where layers do not have equally many, every layer loses the same share instead; see :func:`share_sizes`.
+
     The attention owes its proportional share of the budget. It is accumulated in ``carry``, in fractions of a KV
     group, and a group goes from every layer when a whole one is owed. Under the rule ``"exact"`` the MLP takes the
-    exact remainder of the budget; under ``"proportional"`` it loses its own share only, as in the papers' released
+    exact remainder of the budget, and the attention what the MLP cannot; under ``"proportional"`` it loses its own share only, as in the papers' released
     code.
 
     Args:
@@ -103,10 +110,10 @@ def width_step(
         carry: what the attention owed before, in KV groups per layer.
         min_groups: KV groups that stay in every layer.
         multiple_of: round the units that stay to a multiple of this.
+        reach: which side of the budget to end on, where layers lose the same share.
 
     Raises:
-        ValueError: for layers of different width, a negative budget, or one that would empty the layers; the message
-            names the largest possible.
+        ValueError: for a negative budget, or one that would empty the layers; the message names the largest possible.
 
     Source: MoP (arXiv 2602.06127), Section 3 and its GQA matching; AMP (arXiv 2504.21174).
 
@@ -123,10 +130,8 @@ def width_step(
     take_groups, take_units = STRUCTURES[structures]
     now = parameters.sizes
     if not now.uniform:
-        raise ValueError(
-            "The layers have different widths, and a uniform step needs equal ones; use the budget 'importance' or "
-            f"'global'. KV groups: {sorted(set(now.kv_groups))}, units: {sorted(set(now.units))}."
-        )
+        sizes = share_sizes(parameters, budget, settings, reach)
+        return WidthStep(sizes, parameters.total - parameters.count(sizes), carry)
     groups, units = max(now.kv_groups), max(now.units)
     group_cost = sum(part.group for part, n in zip(parameters.layers, now.kv_groups, strict=True) if n)
     unit_cost = sum(part.unit for part, n in zip(parameters.layers, now.units, strict=True) if n)
@@ -139,6 +144,9 @@ def width_step(
         # a group that the attention cannot give is taken from the MLP, so it is owed no longer
         carry -= math.floor(carry)
         rest = Fraction(budget - gone_groups * group_cost, unit_cost) if unit_cost else Fraction(0)
+        while rule == "exact" and gone_groups < spare and _nearest(rest) > units - 1 >= 0:
+            gone_groups += 1  # what the MLP cannot give, more groups give
+            rest -= Fraction(group_cost, unit_cost)
         gone_units = max(0, _nearest(share * units if rule == "proportional" else rest))
     else:
         gone_groups = _nearest(Fraction(budget, group_cost)) if group_cost else 0
@@ -153,6 +161,100 @@ def width_step(
         tuple(n - gone_groups if n else 0 for n in now.kv_groups), tuple(kept if n else 0 for n in now.units)
     )
     return WidthStep(sizes, parameters.total - parameters.count(sizes), carry)
+
+
+def share_sizes(
+    parameters: ModelParameters, budget: float, settings: WidthSettings, reach: str = "nearest"
+) -> WidthSizes:
+    """Choose widths for layers that do not have equally many: each loses the same share of what it has, rounded.
+
+    Groups lose the share that the budget is of all layers, and units what is then left of the budget; where units
+    cannot, both lose one share. At least ``min_groups`` groups and one unit stay in a layer that has any.
+
+    Args:
+        parameters: of the model.
+        budget: parameters to remove.
+        settings: how.
+        reach: ``"nearest"`` to the budget, or on one side of it (``"at_least"``, ``"at_most"``).
+
+    Raises:
+        ValueError: for a budget that is out of reach, with the largest possible.
+
+    Example:
+        >>> from hf_cka.pruning.width_parameters import LayerParameters
+        >>> model = ModelParameters((LayerParameters(10, 3, 2),) * 2, WidthSizes((4, 1), (20, 40)), other=5)
+        >>> share_sizes(model, 60, WidthSettings())
+        WidthSizes(kv_groups=(3, 1), units=(14, 29))
+    """
+    take = STRUCTURES[settings.structures]
+    kinds = [(parameters.sizes.kv_groups, settings.min_groups), (parameters.sizes.units, 1)]
+    # (members, fewest, parameters of one, units?) of everything that may go
+    parts = [
+        _Part(layer, n, min(n, least), (part.unit if units else part.group), units)
+        for units, (counts, least) in enumerate(kinds)
+        if take[units]
+        for layer, (n, part) in enumerate(zip(counts, parameters.layers, strict=True))
+        if n
+    ]
+    most = sum((p.members - p.kept(Fraction(1), settings)) * p.cost for p in parts)
+    if not 0 <= budget <= most:
+        raise ValueError(
+            f"Cannot remove {round(budget):,} parameters (structures={settings.structures!r}) in equal shares: between "
+            f"0 and {most:,} ({most / parameters.total:.1%} of all) can go, while {settings.min_groups} KV group(s) "
+            "and 1 unit stay per layer."
+        )
+    share = Fraction(budget) / sum(parameters.layer_total(i) for i in range(len(parameters.layers)))
+    groups, units = [p for p in parts if not p.units], [p for p in parts if p.units]
+    if settings.rule == "proportional" and units:
+        found = [{p: p.kept(share, settings) for p in parts}]
+    else:
+        found = [_solved(parts, budget, settings, reach)]
+    if groups and units and settings.rule == "exact":
+        first = {p: p.kept(share, settings) for p in groups}
+        left = budget - sum((p.members - n) * p.cost for p, n in first.items())
+        able = sum((p.members - p.kept(Fraction(1), settings)) * p.cost for p in units)
+        if 0 <= left <= able:
+            found.insert(0, first | _solved(units, left, settings, reach))
+    off = [sum((p.members - n) * p.cost for p, n in some.items()) - budget for some in found]
+    wrong = {"nearest": lambda x: False, "at_least": lambda x: x < 0, "at_most": lambda x: x > 0}[reach]
+    best = found[min(range(len(found)), key=lambda i: (wrong(off[i]), abs(off[i]), i))]
+    sizes = [list(counts) for counts, _ in kinds]
+    for p, n in best.items():
+        sizes[p.units][p.layer] = n
+    return WidthSizes(tuple(sizes[0]), tuple(sizes[1]))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The members of one layer."""
+
+    layer: int
+    members: int
+    least: int
+    cost: int
+    units: int
+
+    def kept(self, share: Fraction, settings: WidthSettings) -> int:
+        """How many stay when a share goes."""
+        stay = max(self.least, self.members - _nearest(share * self.members))
+        if self.units and stay < self.members:
+            return _rounded(stay, self.members, settings)
+        return stay
+
+
+def _solved(parts: Sequence[_Part], budget: float, settings: WidthSettings, reach: str) -> dict[_Part, int]:
+    """The share that removes what is wanted: all shares at which something changes are known, and more is more."""
+    widths = {p.members for p in parts}
+    steps = [Fraction(0), *sorted({Fraction(2 * k + 1, 2 * n) for n in widths for k in range(n)})]
+
+    def removed(share: Fraction) -> int:
+        return sum((p.members - p.kept(share, settings)) * p.cost for p in parts)
+
+    above = min(bisect.bisect_left(steps, budget, key=removed), len(steps) - 1)
+    below = above if removed(steps[above]) <= budget else max(0, above - 1)
+    near = above if removed(steps[above]) - budget < budget - removed(steps[below]) else below
+    share = steps[{"nearest": near, "at_least": above, "at_most": below}[reach]]
+    return {p: p.kept(share, settings) for p in parts}
 
 
 def uniform_sizes(parameters: ModelParameters, budget: int, scores: WidthScores, settings: WidthSettings) -> WidthSizes:

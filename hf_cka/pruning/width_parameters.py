@@ -293,11 +293,14 @@ def model_of(source: Any) -> nn.Module:
     name = (getattr(source, "architectures", None) or [""])[0]
     where = code if name.startswith(code.PREFIX) else transformers
     stock = getattr(where, name, None) if name else None
-    with quiet(), torch.device("meta"):
-        if isinstance(stock, type):
-            return stock(copy.deepcopy(source))
-        bare: nn.Module = transformers.AutoModel.from_config(copy.deepcopy(source))
-        known = type(source) in transformers.AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118
-        if not known or find_anatomy(bare).kind != "decoder":
-            return bare
-        return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(source))
+
+    def built(make: Any) -> nn.Module:
+        with quiet(), torch.device("meta"):
+            return make(copy.deepcopy(source))
+
+    if isinstance(stock, type):
+        return built(stock)
+    bare = built(transformers.AutoModel.from_config)
+    known = type(source) in transformers.AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118
+    decodes = known and find_anatomy(bare).kind == "decoder"
+    return built(transformers.AutoModelForCausalLM.from_config) if decodes else bare

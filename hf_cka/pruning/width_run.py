@@ -1,17 +1,19 @@
-"""Width pruning: score KV groups and MLP units, and remove the share that a budget over layers says."""
+"""Width pruning as a run: score, choose within the budget, narrow, as often as the config says."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import Structure, WidthScores, check_usable, score
-from hf_cka.modeling.plan import PruningPlan
+from hf_cka.pruning.removable import TooLittleError
 from hf_cka.pruning.state import Run
-from hf_cka.pruning.width import layer_parameters, width_plan
-from hf_cka.pruning.width_budgets import STRUCTURES, WidthSettings
+from hf_cka.pruning.width import WidthChoice, sizes_plan, width_choice
+from hf_cka.pruning.width_budgets import BUDGETS, STRUCTURES, share_sizes
+from hf_cka.pruning.width_parameters import WidthSizes
 
 
 def prune_width(run: Run) -> None:
@@ -26,40 +28,60 @@ def prune_width(run: Run) -> None:
     assert run.config.ratio is not None
     entry, steps = WIDTH[str(run.config.criterion)], run.config.steps or 1
     check_usable(entry, run.context())
+    if not run.history.steps:
+        width_choice(run.anatomy, run.config.width).check_any()
     while len(run.history.steps) < steps:
         wanted = run.config.ratio * run.history.parameters * (len(run.history.steps) + 1) / steps - run.removed
         settings = run.config.width
         if run.config.budget == "importance" and settings.layer_importance is None:
             settings = replace(settings, layer_importance=_layer_importance(run))
         scores = score(entry, run.context(), None, run.config.order)
-        plan = _reaching(run, scores, wanted, settings)
-        run.apply(plan)
-        run.record("width", widths_in_words(run), None, {})
+        choice = width_choice(run.anatomy, settings, scores)
+        if not run.history.steps:
+            choice.check_any()
+            choice.warn()
+        sizes = _reaching(run, choice, scores, wanted)
+        run.apply(sizes_plan(run.anatomy, scores, choice.whole(sizes)))
+        run.record("width", widths_in_words(run), None, {}, notes=choice.notes)
 
 
 def check_width(run: Run) -> None:
-    """Refuse a ratio that cannot be reached, before anything is scored.
+    """Refuse a ratio that cannot be reached, or that is too small to remove anything, before anything is scored.
 
     Raises:
         ValueError: naming the reachable range.
     """
     assert run.config.ratio is not None
-    sizes, settings = layer_parameters(run.anatomy).sizes, run.config.width
-    flat = WidthScores(
-        tuple(torch.ones(n, dtype=torch.float64) for n in sizes.kv_groups),
-        tuple(torch.ones(n, dtype=torch.float64) for n in sizes.units),
-    )
+    settings = run.config.width
     if run.config.budget == "importance" and settings.layer_importance is None:
         settings = replace(settings, layer_importance=(1.0,) * run.anatomy.num_layers)
-    _reaching(run, flat, run.need, settings)
+    choice = width_choice(run.anatomy, settings)
+    choice.check_any()
+    flat = WidthScores(
+        tuple(torch.ones(n, dtype=torch.float64) for n in choice.sizes.kv_groups),
+        tuple(torch.ones(n, dtype=torch.float64) for n in choice.sizes.units),
+    )
+    if _reaching(run, choice, flat, run.need) == choice.parameters.sizes:
+        refuse_nothing(run)
+
+
+def refuse_nothing(run: Run) -> None:
+    """Refuse a ratio so small that nothing was removed.
+
+    Raises:
+        TooLittleError: saying so.
+    """
+    raise TooLittleError(
+        f"ratio={run.config.ratio} of {run.history.parameters:,} parameters would remove nothing: it is less than goes "
+        "at once, such as a KV group or a unit of every layer. Choose a larger ratio, or reach='at_least'."
+    )
 
 
 def widths_in_words(run: Run) -> tuple[str, ...]:
     """Return the widths of the model so far."""
-    sizes = layer_parameters(run.anatomy).sizes
     words = []
-    for what, values in (("KV groups", sizes.kv_groups), ("units", sizes.units)):
-        there = [n for n in values if n]
+    for what, kind in (("KV groups", "heads"), ("units", "units")):
+        there = [w.members for layer in run.anatomy.stack.layers if (w := layer.width(kind)) is not None]
         if not there:
             words.append(f"no {what} left")
         elif min(there) == max(there):
@@ -70,24 +92,34 @@ def widths_in_words(run: Run) -> tuple[str, ...]:
 
 
 def _layer_importance(run: Run) -> tuple[float, ...]:
-    """What the depth criterion gives each layer."""
+    """What the depth criterion gives each layer; those that it cannot score (they change the shape) are as the mean."""
     entry = DEPTH[run.config.layer_criterion]
     layers = [Structure("layer", i) for i in range(run.anatomy.num_layers)]
-    return score(entry, run.context(), layers).importance
+    importance = score(entry, run.context(), layers).importance
+    known = [value for value in importance if math.isfinite(value)]
+    mean = math.fsum(known) / len(known) if known else math.inf
+    return tuple(value if math.isfinite(value) else mean for value in importance)
 
 
-def _reaching(run: Run, scores: WidthScores, wanted: float, settings: WidthSettings) -> PruningPlan:
-    """The plan that ends nearest to the need, or on the side of it that is asked for."""
-    parameters = layer_parameters(run.anatomy)
+def _reaching(run: Run, choice: WidthChoice, scores: WidthScores, wanted: float) -> WidthSizes:
+    """The sizes that end nearest to the need, or on the side of it that is asked for."""
+    parameters, settings, reach = choice.parameters, choice.settings, run.config.reach
+    if wanted <= 0:
+        return parameters.sizes
+    if run.config.budget == "uniform" and not parameters.sizes.uniform:
+        return share_sizes(parameters, wanted, settings, reach)
     units = STRUCTURES[settings.structures][1]
-    smallest = sum((p.unit if units else p.group) for p in parameters.layers)
+    there = parameters.sizes.units if units else parameters.sizes.kv_groups
+    smallest = sum((p.unit if units else p.group) for p, n in zip(parameters.layers, there, strict=True) if n)
+    sizes = parameters.sizes
     # half a structure in every layer is how far the nearest plan can be off
     for half_steps in range(2 * settings.multiple_of + 2):
-        shift = {"nearest": 0, "at_least": half_steps, "at_most": -half_steps}[run.config.reach] * smallest / 2
-        plan = width_plan(
-            run.anatomy, scores, (wanted + shift) / parameters.total, budget=run.config.budget, settings=settings
-        )
-        removed = plan.price(run.anatomy).before.parameters - plan.price(run.anatomy).after.parameters
-        if {"nearest": True, "at_least": removed >= wanted, "at_most": removed <= wanted}[run.config.reach]:
+        shift = {"nearest": 0, "at_least": half_steps, "at_most": -half_steps}[reach] * smallest / 2
+        if wanted + shift <= 0:
+            return parameters.sizes
+        budget = round((wanted + shift) / parameters.total * parameters.total)
+        sizes = BUDGETS[run.config.budget](parameters, budget, scores, settings)
+        removed = parameters.total - parameters.count(sizes)
+        if {"nearest": True, "at_least": removed >= wanted, "at_most": removed <= wanted}[reach]:
             break
-    return plan
+    return sizes

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.anatomy.twin import tensors_of
-from hf_cka.data import Batch, CalibrationInfo, sample_digests
+from hf_cka.data import Batch, CalibrationInfo, batch_digests
 from hf_cka.modeling.modeling_hf_cka import main_input
 from hf_cka.representations.masks import num_rows, rows_of
 from hf_cka.representations.pooling import Pooling, pool
@@ -42,8 +42,7 @@ class Counted:
     def add(self, batch: Batch, mask: torch.Tensor) -> None:
         self.num_samples += len(mask)
         self.num_tokens += int(mask.sum())
-        ids = batch.get("input_ids")
-        self.digests += sample_digests(ids, mask) if isinstance(ids, torch.Tensor) else [""] * len(mask)
+        self.digests += batch_digests(batch, mask)
 
     @classmethod
     def merged(cls, parts: Sequence[Counted]) -> Counted:

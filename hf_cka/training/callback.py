@@ -10,11 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from hf_cka.anatomy import find_anatomy
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.history import PruningHistory
-from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.pruners import prune_further, start_history
-from hf_cka.pruning.width_parameters import layer_parameters
 from hf_cka.training.checks import check_run
 from hf_cka.training.distributed import first_decides
 from hf_cka.training.sampling import training_batches
@@ -191,7 +190,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         plan, history = prune_further(model, batches, self.history, share)
         decided = first_decides((plan.to_json(), history.to_json()))
         plan, history = PruningPlan.from_json(decided[0]), PruningHistory.from_json(decided[1])
-        if plan != PruningPlan(plan.num_layers, plan.model_type):
+        if not plan.removes_nothing:
             wrapped = None if self.trainer is None else self.trainer.model_wrapped
             change_structure(
                 model, plan, optimizer=optimizer, method=self.config.repair, batches=batches, wrapped=wrapped
@@ -214,15 +213,16 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Refuse a model that is not what the history left: its weights would be in the wrong places."""
         if self.plan is None:
             return
-        have = layer_parameters(find_anatomy(model)).sizes
-        layers, groups, units = self.plan.kept_layers, self.plan.kept_groups, self.plan.kept_units
-        wrong = len(have.units) != len(layers) or any(
-            (i in groups and size != len(groups[i]) and size > 0) or (i in units and width != len(units[i]) and width)
-            for i, size, width in zip(layers, have.kv_groups, have.units, strict=False)
+        now = find_anatomy(model, self.plan.stack or None).stack.layers
+        layers = self.plan.kept_layers
+        wrong = len(now) != len(layers) or any(
+            index in kept and (width := layer.width(name)) is not None and width.members != len(kept[index])
+            for name, kept in self.plan.kept.items()
+            for index, layer in zip(layers, now, strict=False)
         )
         if wrong:
             raise ValueError(
                 f"The checkpoint was pruned to {len(layers)} layers ({self.plan}), and the model that is being trained "
-                f"has {len(have.units)} and other widths. Attach the plugin (`TrainerPlugin(...).attach(trainer)`), "
+                f"has {len(now)} and other widths. Attach the plugin (`TrainerPlugin(...).attach(trainer)`), "
                 "which prunes a dense model before it loads a checkpoint, or give the Trainer the checkpoint's model."
             )

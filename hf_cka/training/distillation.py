@@ -88,7 +88,7 @@ def check_teacher(student: Any, teacher: Any) -> None:
             "without quantization; dtype=torch.bfloat16 halves its memory."
         )
     heads = [getattr(model.model, "num_labels", None) for model in (mine, theirs)]
-    sizes = [model.config.vocab_size for model in (mine, theirs)]
+    sizes = [getattr(model.config, "vocab_size", None) for model in (mine, theirs)]
     if mine.kind == "decoder" and sizes[0] != sizes[1]:
         raise ValueError(
             f"The teacher's vocabulary has {sizes[1]} tokens and the student's {sizes[0]}: give the model that the "
@@ -141,13 +141,12 @@ def layer_map(student: Any) -> dict[int, int]:
         >>> layer_map(apply_plan(model, PruningPlan(3, "llama", removed_layers=(1,))))
         {0: 0, 1: 2}
     """
-    from hf_cka.modeling.plan import PruningPlan
+    from hf_cka.pruning.history import recorded_plan
 
-    anatomy = find_anatomy(student)
-    record = getattr(anatomy.config, "pruning", None) or {}
-    if "plan" not in record:
+    plan = recorded_plan(student)
+    anatomy = find_anatomy(student, plan.stack or None if plan is not None else None)
+    if plan is None:
         return {i: i for i in range(anatomy.num_layers)}
-    plan = PruningPlan.from_dict(record["plan"])
     kept = plan.kept_layers
     if len(kept) != anatomy.num_layers:  # a layer that lost both sub-layers is gone as well
         kept = tuple(i for i in kept if not (i in plan.removed_attention and i in plan.removed_mlp))

@@ -15,9 +15,9 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cka.lookup import lookup
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.config import PruningConfig
 from hf_cka.pruning.pruners import start_history
-from hf_cka.modeling.surgery import apply_plan
 from hf_cka.representations import is_main_process
 from hf_cka.training.callback import BoundaryDueError, PruningCallback, stored_record
 from hf_cka.training.checks import check_run

@@ -286,7 +286,7 @@ _TASKS = {
 
 
 def _projections(anatomy: Anatomy, index: int) -> list[str]:
-    return [f"{anatomy.layer_name(index)}.{path}" for path in anatomy.projections(index).values()]
+    return [f"{anatomy.layer_name(index)}.{path}" for path in anatomy.stack.layers[index].linears]
 
 
 def _train_only(model: nn.Module, wanted: set[int]) -> nn.Module:

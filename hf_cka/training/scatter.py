@@ -14,8 +14,9 @@ import torch
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.pruning.state import sharing_copy
 from hf_cka.modeling.surgery import parameter_map
+from hf_cka.pruning.history import recorded_plan
+from hf_cka.pruning.state import sharing_copy
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -96,11 +97,10 @@ def scatter_adapter(
 def _plan_of(given: Any) -> PruningPlan:
     if isinstance(given, PruningPlan):
         return given
-    config = find_anatomy(given).config if hasattr(given, "named_modules") else given
-    record = getattr(config, "pruning", None) or {}
-    if "plan" not in record:
+    plan = recorded_plan(given)
+    if plan is None:
         raise ValueError(f"{type(given).__name__} has no pruning record. Pass the PruningPlan itself.")
-    return PruningPlan.from_dict(record["plan"])
+    return plan
 
 
 def _check_plain(config: dict[str, Any], tensors: dict[str, Any]) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.data import Batch
-from hf_cka.pruning.criteria.inputs import output_projections
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.pruning.repair import repair
 from hf_cka.modeling.surgery import apply_plan, parameter_map
+from hf_cka.pruning.criteria.inputs import output_projections
+from hf_cka.pruning.repair import repair
 from hf_cka.training.distributed import rebuild_ddp
 from hf_cka.training.optimizer import check_followable, follow
 
@@ -61,17 +61,25 @@ def change_structure(
 
 @contextmanager
 def _all_or_nothing(model: nn.Module, repaired: bool) -> Iterator[None]:
-    """Put every module back as it was, its tables and the config included, if the block does not end well."""
-    anatomy = find_anatomy(model)
+    """Put every module back as it was, its tables, hooks and configs included, if the block does not end well."""
     own = ("_parameters", "_buffers", "_modules")
     modules = [
         (module, type(module), {k: dict(v) if k in own else v for k, v in module.__dict__.items()})
         for module in model.modules()
     ]
-    config, config_class, settings = anatomy.config, type(anatomy.config), dict(anatomy.config.__dict__)
+    # whoever registered a hook removes it from this very table
+    hooks = [
+        (table, dict(table))
+        for module in model.modules()
+        for name, table in module.__dict__.items()
+        if name.startswith("_") and "hooks" in name and isinstance(table, dict)
+    ]
+    configs = [(config, type(config), dict(vars(config))) for config in _configs(model)]
     values = []
     if repaired:  # a repair writes into these
-        for _, _, module in output_projections(anatomy):
+        anatomy = find_anatomy(model)
+        outputs = [m for stack in anatomy.stacks for _, _, m in output_projections(anatomy.on(stack.path))]
+        for module in outputs:
             values += [(tensor, tensor.detach().clone()) for tensor in module.parameters(recurse=False)]
     try:
         yield
@@ -80,10 +88,26 @@ def _all_or_nothing(model: nn.Module, repaired: bool) -> Iterator[None]:
             module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(table)
-        config.__class__ = config_class
-        config.__dict__.clear()
-        config.__dict__.update(settings)
+        for table, before in hooks:
+            table.clear()
+            table.update(before)
+        for config, kind, settings in configs:
+            config.__class__ = kind
+            config.__dict__.clear()
+            config.__dict__.update(settings)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
         raise
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config that a part of the model holds, and the configs in those, each once."""
+    found: dict[int, Any] = {}
+    waiting = [module.__dict__.get("config") for module in model.modules()]
+    while waiting:
+        config = waiting.pop()
+        if hasattr(config, "to_dict") and hasattr(config, "__dict__") and id(config) not in found:
+            found[id(config)] = config
+            waiting += list(vars(config).values())
+    return list(found.values())

@@ -1,54 +1,40 @@
-"""Every path of the table exists in a real model of the family, and sizes match the weights."""
+"""What is found out about a model holds: removed equals bypassed, narrowed equals zeroed, at every size."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, EncoderDecoderModel, ResNetConfig, T5Config
+from transformers import AutoModel, BertConfig, EncoderDecoderConfig, EncoderDecoderModel, LlamaConfig, LlamaForCausalLM
 
-from hf_cka.anatomy import FAMILIES, LayerSizes, find_anatomy
-from hf_cka.anatomy.model import _get
-from tests.tiny import SETTINGS, tiny_batch, tiny_config, tiny_model
+from hf_cka.anatomy import LayerSizes, Slice, find_anatomy
+from hf_cka.anatomy.model import findings_of
+from hf_cka.anatomy.stacks import bypassed
+from hf_cka.anatomy.twin import distance, make_twin, outputs, shrunk
+from hf_cka.anatomy.widths import left_out
+from hf_cka.modeling import modeling_hf_cka as code
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
+from tests.tiny import ENCODERS, SETTINGS, tiny_batch, tiny_config, tiny_model
+from tests.world import CAUSAL, TYPES, world_model
 
-# norms that exist only with a setting of the config
-OPTIONAL = {"phi": ("self_attn.q_layernorm", "self_attn.k_layernorm")}
+PICTURES_OR_SOUND = [key for key in TYPES if key[1] not in (CAUSAL,)]
 
 
-def test_every_family_has_a_tiny_model():
-    assert set(SETTINGS) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_every_path_exists_and_sizes_match_the_weights(model_type):
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
+def test_the_text_families(model_type):
     model = tiny_model(model_type)
+    before = copy.deepcopy(model.state_dict())
     anatomy = find_anatomy(model)
-    family = anatomy.family
-    assert anatomy.model is model
     assert anatomy.num_layers == 4
-    assert anatomy.kind == ("encoder" if "masked" in type(model).__name__.lower() else "decoder")
-    assert model.get_submodule(anatomy.layers_path) is anatomy.layers
-    assert model.get_submodule(anatomy.layer_name(2)) is anatomy.layer(2)
-    assert anatomy.embedding is model.get_input_embeddings()
-    assert (anatomy.final_norm is None) == (family.final_norm is None)
-
-    layer = anatomy.layer(1)
-    norms = family.attention_norms + family.mlp_norms + family.stream_norms + family.query_key_norms
-    for path in (*anatomy.linear_names, *norms, *family.position_projections, family.attention_core):
-        assert path in OPTIONAL.get(model_type, ()) or _get(layer, path) is not None, path
-    named = {name for name, _ in layer.named_modules() if "norm" in name.lower() or name.startswith("ln_")}
-    assert named <= set(norms), "a norm of the layer is in no list of the table"
-    for attribute in family.attention_sizes:
-        assert hasattr(_get(layer, family.attention_core), attribute)
-
-    sizes = anatomy.sizes(1)
-    width = 0 if family.transposed else 1  # the axis of a weight that counts inputs
-    assert _get(layer, family.projections["o"]).weight.shape[width] == sizes.num_heads * sizes.head_dim
-    assert _get(layer, family.projections["down"]).weight.shape[width] == sizes.intermediate_size
-    rows = sizes.num_kv_heads * sizes.head_dim
-    if "qkv" in family.projections:
-        rows = 2 * rows + sizes.num_heads * sizes.head_dim
-    assert _get(layer, family.projections.get("k", family.projections.get("qkv"))).weight.shape[1 - width] == rows
+    assert anatomy.kind == ("encoder" if model_type in ENCODERS else "decoder")
+    groups = 4 if model_type in (*ENCODERS, "gpt2", "gpt_neox", "opt") else 2
+    head_dim = 12 if model_type == "qwen3" else 8
+    assert anatomy.sizes(1) == LayerSizes(4, groups, head_dim, 48)
+    assert [b.name for b in anatomy.stack.layers[1].branches] == ["attention", "mlp"]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_the_seven_projections_of_llama():
@@ -63,15 +49,74 @@ def test_the_seven_projections_of_llama():
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bert", "modernbert"])
-@pytest.mark.parametrize("head", ["base", "classification"])
-def test_any_head_and_the_bare_backbone(model_type, head):
-    model = tiny_model(model_type, head=head)
+@pytest.mark.parametrize(("model_type", "auto"), sorted(TYPES), ids=lambda value: value.removeprefix("AutoModelFor"))
+def test_what_is_claimed_is_so(model_type, auto):
+    """On a model with other weights than the twin's: layers, branches and members that go leave what zeroing leaves."""
+    model = world_model(model_type, auto)
+    twin = make_twin(model)  # for inputs that the model takes
     anatomy = find_anatomy(model)
-    assert anatomy.num_layers == 4
-    assert (anatomy.backbone_path == "") == (head == "base")
-    output = anatomy.backbone(**tiny_batch())
-    assert output.last_hidden_state.shape == (2, 12, 32)
+    if "experts" in str(dict(model.named_modules()).keys()):
+        model.set_experts_implementation("eager")  # the grouped kernels know no float64
+    model = model.double() if twin.dense[0].dtype == torch.float64 else model
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    tried = 0
+    layers = [i for i, layer in enumerate(anatomy.stack.layers) if not layer.reason]
+    if len(layers) > 1:
+        name = anatomy.layer_name(layers[1])
+        plan = PruningPlan(anatomy.num_layers, anatomy.model_type, removed_layers=(layers[1],))
+        with bypassed(model, [name]):
+            expected = outputs(model, twin.batch)
+        assert distance(expected, outputs(apply_plan(copy.deepcopy(model), plan), twin.batch)) < 1e3 * twin.tolerance
+        tried += 1
+    for index, layer in enumerate(anatomy.stack.layers[:2]):
+        for width in layer.widths:
+            if width.reason or not width.exact:
+                continue
+            kept = {width.name: {index: range(1, width.members)}}
+            plan = PruningPlan(anatomy.num_layers, anatomy.model_type, kept=kept)
+            with left_out(dict(anatomy.layer(index).named_parameters()), width, [0]):
+                expected = outputs(model, twin.batch)
+            pruned = apply_plan(copy.deepcopy(model), plan)
+            assert distance(expected, outputs(pruned, twin.batch)) < 1e3 * twin.tolerance, width.name
+            assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+            tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("divisor", [8, 16])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "bert", "gemma2"])
+def test_the_twin_of_a_larger_model_says_the_same(model_type, divisor):
+    """Found at one size and scaled to another, members lie where the larger model has them."""
+    width = 32 * divisor
+    changes = {"hidden_size": width, "num_hidden_layers": 3}
+    changes |= {"n_inner": 3 * width} if model_type == "gpt2" else {"intermediate_size": 3 * width}
+    if model_type in ("qwen2", "gemma2"):
+        changes["layer_types"] = ["full_attention"] * 3
+    if model_type == "gemma2":
+        changes["head_dim"] = width // 4
+    config = tiny_config(model_type, **changes)
+    cls = type(tiny_model(model_type))
+    with torch.device("meta"):
+        large = cls(config)
+    small = cls(shrunk(config, divisor))
+    scaled_up = findings_of(cls, config, large).stacks[0].layers[1].widths
+    for width_there, width_here in zip(scaled_up, findings_of(cls, small.config, small).stacks[0].layers[1].widths, strict=True):
+        assert width_there.name == width_here.name
+        for s in width_there.slices:
+            shape = dict(large.named_parameters())[f"{find_anatomy(large).layer_name(1)}.{s.parameter}"].shape
+            assert sorted(s.indices(range(width_there.members))) == list(range(shape[s.axis]))
+
+
+def test_any_head_and_the_bare_backbone():
+    for head in ("base", "classification"):
+        model = tiny_model("llama", head=head)
+        anatomy = find_anatomy(model)
+        assert anatomy.num_layers == 4
+        assert (anatomy.backbone_path == "") == (head == "base")
+        assert anatomy.backbone(**tiny_batch()).last_hidden_state.shape == (2, 12, 32)
 
 
 def test_inside_peft_and_compile():
@@ -82,7 +127,7 @@ def test_inside_peft_and_compile():
     anatomy = find_anatomy(torch.compile(wrapped))
     assert anatomy.model is base
     assert anatomy.layers_path == "model.layers"
-    assert type(_get(anatomy.layer(0), anatomy.projections(0)["q"])).__module__.startswith("peft.")
+    assert "self_attn.q_proj" in anatomy.linear_names
 
 
 def test_projections_need_not_be_linear():
@@ -94,67 +139,67 @@ def test_projections_need_not_be_linear():
     assert find_anatomy(model).sizes(0) == LayerSizes(4, 2, 8, 48)
 
 
-def test_text_model_of_a_multimodal_model():
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
-
-    vision = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    config = Gemma3Config(text_config=tiny_config("gemma3_text"), vision_config=vision, mm_tokens_per_image=4)
-    anatomy = find_anatomy(Gemma3ForConditionalGeneration(config))
+def test_the_towers_of_a_model_that_sees():
+    anatomy = find_anatomy(world_model("llava", "AutoModelForImageTextToText"))
     assert anatomy.layers_path == "model.language_model.layers"
-    assert anatomy.family.name == "gemma3_text"
-    assert anatomy.sizes(0) == LayerSizes(4, 2, 8, 48)
+    assert [s.path for s in anatomy.stacks] == ["model.language_model.layers", "model.vision_tower.encoder.layers"]
+    assert "pixel_values" in anatomy.findings.inputs
+    assert anatomy.on("vision").kind == "encoder"
+    # the features are taken before the last layer of the tower, which therefore never matters
+    assert "does not matter" in anatomy.on("vision").stack.layers[-1].reason or anatomy.on("vision").num_layers
 
 
-@pytest.mark.parametrize(
-    ("model_type", "norms"),
-    [("olmo", ("input_layernorm",)), ("arcee", None), ("seed_oss", ("input_layernorm",)), ("exaone4", None)],
-)
-def test_fallback_to_structure(model_type, norms):
-    try:
-        config = tiny_config(model_type)
-    except KeyError:
-        pytest.skip(f"this transformers has no {model_type}")
-    model = AutoModelForCausalLM.from_config(config)
-    if norms is None:
-        if model_type == "arcee":  # no gate: not Llama-shaped
-            with pytest.raises(ValueError, match=r"mlp\.gate_proj"):
-                find_anatomy(model)
-            return
-        norms = ("post_attention_layernorm",)
-    anatomy = find_anatomy(model)
-    assert anatomy.family.name == model_type
-    assert anatomy.layers_path == "model.layers"
-    assert anatomy.family.attention_norms == norms
-    assert anatomy.sizes(0).intermediate_size == 48
-
-
-def test_opt_with_norms_after_the_sum():
-    family = find_anatomy(tiny_model("opt", do_layer_norm_before=False)).family
-    assert family.attention_norms == ()
-    assert family.stream_norms == ("self_attn_layer_norm", "final_layer_norm")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
-        T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
-    ],
-    ids=["resnet", "t5"],
-)
-def test_an_unsupported_model_says_what_was_looked_for(config):
-    with pytest.raises(ValueError, match=r"Looked for the families bert, .*self_attn\.q_proj") as error:
-        find_anatomy(AutoModel.from_config(config))
-    assert config.model_type in str(error.value)
-
-
-def test_two_towers_are_refused_by_name():
-    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=16)
+def test_two_towers_and_their_names():
+    small = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=16)
     decoder = BertConfig(**{**small.to_diff_dict(), "is_decoder": True, "add_cross_attention": True})
-    from transformers import EncoderDecoderConfig
-
     model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(small, decoder))
-    with pytest.raises(ValueError, match=r"2 towers: 'encoder' \(bert\), 'decoder\.bert' \(bert\)"):
-        find_anatomy(model)
+    anatomy = find_anatomy(model)
+    assert {s.path for s in anatomy.stacks} == {"encoder.encoder.layer", "decoder.bert.encoder.layer"}
+    with pytest.raises(ValueError, match=r"stack='layer' could be '.*'; give more of the name"):
+        find_anatomy(model, "layer")
+    with pytest.raises(ValueError, match=r"Did you mean"):
+        find_anatomy(model, "encoder.encoder.layers")
+
+
+def test_a_layer_that_others_need_says_so():
+    layers = find_anatomy(world_model("t5", "AutoModelForSeq2SeqLM")).stack.layers
+    assert "others use what it computes" in layers[0].reason  # its position bias
+    assert not any(layer.reason for layer in layers[1:])
+    assert "runs 4 times" in find_anatomy(world_model("albert", "AutoModelForMaskedLM")).stack.layers[0].reason
+
+
+def test_a_norm_that_spans_the_heads_is_told():
+    heads = find_anatomy(tiny_model("olmo2")).width(0, "heads")
+    assert heads is not None
+    assert not heads.exact
+    assert find_anatomy(tiny_model("qwen3")).width(0, "heads").exact
+
+
+def test_a_model_without_layers_says_what_was_looked_for():
+    from transformers import ResNetConfig
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    with pytest.raises(ValueError, match=r"No stack of layers was found in ResNetModel \(model_type 'resnet'\)"):
+        find_anatomy(AutoModel.from_config(config))
+
+
+def test_the_table_says_what_can_go():
+    text = find_anatomy(world_model("t5", "AutoModelForSeq2SeqLM")).table()
+    assert "decoder.block: 4 layers, decoder" in text
+    assert "(default)" in text
+    assert "cross_attention (T5Attention): removable" in text
+    assert "layer 0: stays (others use what it computes" in text
+
+
+def test_what_is_known_is_found_out_once(monkeypatch):
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=4, vocab_size=48)
+    first = find_anatomy(LlamaForCausalLM(config))
+    monkeypatch.setattr("hf_cka.anatomy.model.discover", lambda model: pytest.fail("it was found out again"))
+    assert find_anatomy(LlamaForCausalLM(config)).findings is first.findings
+
+
+def test_slices_after_members_went():
+    slices = Slice("qkv.weight", 0, ((0, 4), (32, 2), (48, 2)))  # 8 groups: queries, keys, values
+    assert slices.after(8, 3).segments == ((0, 4), (12, 2), (18, 2))
+    index = code.left_of(64, slices.segments, 8, [0, 5, 7])
+    assert index.tolist() == [*range(4), *range(20, 24), *range(28, 32), 32, 33, 42, 43, 46, 47, 48, 49, 58, 59, 62, 63]

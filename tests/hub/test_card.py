@@ -279,5 +279,5 @@ def test_a_folder_that_is_no_pruned_checkpoint_is_said(folder, tmp_path):
         model_card(folder)
     config["pruning"]["format_version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format_version 99; this hf_cka reads 1. Update hf_cka"):
+    with pytest.raises(ValueError, match="format_version 99; this hf_cka reads 1 and 2. Update hf_cka"):
         model_card(folder)

@@ -167,7 +167,7 @@ def test_the_model_s_own_push_to_hub_sends_the_remote_code(hub):
     assert "modeling_hf_cka.py" in files
     config = json.loads(files["config.json"])
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hf_cka.PrunedLlamaForCausalLM"
-    assert config["pruning"]["plan"]["removed_mlp"] == [2]
+    assert config["pruning"]["plan"]["stacks"][""]["removed_branches"] == {"mlp": [2]}
 
 
 @pytest.mark.parametrize(

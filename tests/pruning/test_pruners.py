@@ -295,9 +295,18 @@ def test_what_surgery_refuses_is_refused_before_anything_is_scored(monkeypatch):
     adapted = get_peft_model(tiny_model("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="is of type IA3; only LoRA"):
         run(num_layers=1, model=adapted)
+
+
+def test_layers_that_compute_with_their_index_keep_it():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True each layer computes with its own index"):
-        run(num_layers=1, model=model)
+    result = run(num_layers=1, model=model)
+    (gone,) = result.plan.removed_layers
+    model.transformer.h[gone].forward = lambda hidden, *args, **kwargs: hidden
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(result.model(**BATCHES[0]).logits, model(**BATCHES[0], use_cache=False).logits)
+    finally:
+        del model.transformer.h[gone].forward
 
 
 def test_data_that_cannot_be_used():

@@ -12,8 +12,9 @@ from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import CriterionEntry, ScoringContext
 from hf_cka.pruning.criteria.leave_one_out import leave_one_out
+from hf_cka.pruning.criteria.outputs import given_logits, logit_rows
 from hf_cka.pruning.criteria.replay import chunks, run_model
-from hf_cka.representations import evaluating, token_mask
+from hf_cka.representations import evaluating, rows_of, token_mask
 from hf_cka.similarity import cka
 
 # Bytes for the hidden states and logits of one chunk of rows.
@@ -38,22 +39,20 @@ def by_cosine(parent: ScoringContext, child: ScoringContext) -> float:
     Source: MoP, arXiv 2602.06127.
     """
     total, count = 0.0, 0
-    for mask, before, after in _both(parent, child, head=False):
-        a, b = (hidden[mask.to(hidden.device)].double().cpu() for hidden in (before, after))
+    for before, after in _both(parent, child, head=False):
+        a, b = (hidden.double().cpu() for hidden in (before, after))
         total += float(F.cosine_similarity(a, b, dim=-1).sum())
         count += len(a)
     return total / count
 
 
 def by_kl(parent: ScoringContext, child: ScoringContext) -> float:
-    """Return minus KL(parent's output || child's output), in nats per token.
+    """Return minus KL(parent's output || child's output), in nats per token, or per sample for a classifier.
 
     Source: MoP, arXiv 2602.06127.
     """
     total, count = 0.0, 0
-    for mask, before, after in _both(parent, child, head=True):
-        if before.ndim == 3:
-            before, after = before[mask.to(before.device)], after[mask.to(after.device)]
+    for before, after in _both(parent, child, head=True):
         p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (before, after.to(before.device)))
         total += float(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1).double().sum())
         count += len(p)
@@ -68,24 +67,23 @@ def by_perplexity(parent: ScoringContext, child: ScoringContext) -> float:
     return -math.exp(leave_one_out(child, [], readouts=False, logits=True).reference_nll)
 
 
-def _both(
-    parent: ScoringContext, child: ScoringContext, head: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run parent and child over the same rows, and give the mask, and the hidden states or logits of each."""
+def _both(parent: ScoringContext, child: ScoringContext, head: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Run parent and child over the same rows, and give the hidden states or logits of each, padding left out."""
     with evaluating(parent.model), evaluating(child.model), torch.no_grad():
         for index, batch in enumerate(parent.batches):
             mask = token_mask(batch, index)
-            for part, rows in chunks(parent.anatomy, batch, mask, 2, _MEMORY, logits=head):
+            for part, _ in chunks(parent.anatomy, batch, mask, 2, _MEMORY, logits=head):
                 before, after = (_output(anatomy, part, head) for anatomy in (parent.anatomy, child.anatomy))
-                yield rows, before, after
+                yield before, after
 
 
 def _output(anatomy: Anatomy, batch: Batch, head: bool) -> torch.Tensor:
     hidden, logits = run_model(anatomy, batch, head)
-    if not head:
-        return hidden
-    assert logits is not None
-    return logits
+    if head:
+        values, mask = logit_rows(given_logits(anatomy, logits), batch, anatomy)
+    else:
+        values, mask = rows_of(hidden, batch, anatomy)
+    return values[mask.to(values.device)]
 
 
 #: name -> rule; "random" and strings of L and G need no model

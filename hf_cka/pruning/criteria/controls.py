@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_cka.data import Batch
-from hf_cka.pruning.adapters import added_weight
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure
+from hf_cka.pruning.criteria.outputs import own_loss, predictions
+from hf_cka.pruning.criteria.replay import branch_of, unreached
+from hf_cka.pruning.criteria.weights import matrices, stored, values_of
 from hf_cka.representations import check_runnable, evaluating, token_mask
 
-_ATTENTION_ROLES = frozenset({"q", "k", "v", "qkv", "o"})
+# (layer, parameter), the parameter's name relative to the layer
+_Key = tuple[int, str]
 
 
 def score_magnitude(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
-    """Return the mean absolute weight of each structure's projections.
+    """Return the mean absolute weight of each structure: of all its parameters but vectors (biases, norms).
 
-    The mean, and not the sum, so that sub-layers of different size can be compared.
+    The mean, and not the sum, so that branches of different size can be compared.
 
     Raises:
         ValueError: for quantized or offloaded weights, whose values are not there to be read.
@@ -32,45 +33,49 @@ def score_magnitude(context: ScoringContext, structures: Sequence[Structure]) ->
     """
     importance = []
     for structure in structures:
-        weights = [_effective(module) for module in _projections(context, structure)]
+        weights = [values_of(context.anatomy, *key) for key in _weights(context, structure)]
         total = sum(float(w.abs().sum(dtype=torch.float64)) for w in weights)
         importance.append(total / sum(w.numel() for w in weights))
     return DepthScores(tuple(structures), tuple(importance))
 
 
 def score_taylor(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
-    """Return the sum of |weight * gradient| over each structure's projections.
+    """Return the sum of |weight * gradient| over each structure's parameters, vectors (biases, norms) left out.
 
-    The loss is that of the next token for decoders, and the model's own for encoders, which needs ``labels``. Memory
-    holds one gradient per weight that is scored.
+    The loss is that of the next token for models that predict one, and otherwise the model's own, which needs
+    ``labels``. Memory holds one gradient per weight that is scored.
 
     Raises:
         ValueError: for quantized or offloaded weights, or an encoder's batches without labels.
 
     Source: Taylor+ of Shortened LLaMA, arXiv 2402.02834; LLM-Pruner, arXiv 2305.11627.
     """
-    per_structure = [_projections(context, s) for s in structures]
-    modules = list({id(m): m for group in per_structure for m in group}.values())
+    anatomy = context.anatomy
+    per_structure = [_weights(context, s) for s in structures]
+    keys = list(dict.fromkeys(key for group in per_structure for key in group))
     # a gradient of the weight is also that of the weight with what an adapter adds to it
-    weights = [m.weight for m in modules]
+    weights = [_readable(context, *key) for key in keys]
     check_runnable(context.model)
     gradients = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
     bar = tqdm(context.batches, desc="taylor", unit="batch", disable=not context.progress, delay=2)
-    with evaluating(context.anatomy.model), requiring_gradients(weights), torch.enable_grad():
+    with evaluating(anatomy.model), requiring_gradients(weights), torch.enable_grad():
         for index, batch in enumerate(bar):
-            loss = _loss(context, batch, index)
-            for total, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
-                total += gradient
+            found = torch.autograd.grad(_loss(context, batch, index), weights, allow_unused=True)
+            if weights and all(gradient is None for gradient in found):
+                raise unreached(anatomy, batch)
+            for total, gradient in zip(gradients, found, strict=True):
+                if gradient is not None:  # an expert that no token reached
+                    total += gradient
     salience = {
-        id(m): float((_effective(m) * g).abs().sum(dtype=torch.float64))
-        for m, g in zip(modules, gradients, strict=True)
+        key: float((values_of(anatomy, *key) * g).abs().sum(dtype=torch.float64))
+        for key, g in zip(keys, gradients, strict=True)
     }
-    return DepthScores(tuple(structures), tuple(sum(salience[id(m)] for m in group) for group in per_structure))
+    return DepthScores(tuple(structures), tuple(sum(salience[key] for key in group) for group in per_structure))
 
 
 def score_last(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
     """Score by position: the last layer goes first, and its MLP before its attention."""
-    return DepthScores(tuple(structures), tuple(-(2.0 * s.layers[-1] + (s.kind == "mlp")) for s in structures))
+    return DepthScores(tuple(structures), tuple(-(2.0 * s.layers[-1] + (s.branch_kind == "mlp")) for s in structures))
 
 
 def score_third_to_last(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
@@ -90,28 +95,30 @@ def score_random(context: ScoringContext, structures: Sequence[Structure]) -> De
     return DepthScores(tuple(structures), tuple(draw.tolist()))
 
 
-def _effective(module: Any) -> torch.Tensor:
-    """The weight that a projection computes with, what adapters add included."""
-    added = added_weight(module)
-    return module.weight.detach() if added is None else module.weight.detach() + added
-
-
-def _projections(context: ScoringContext, structure: Structure) -> list[Any]:
-    """A structure's projections, whose weights are there to be read."""
-    found = []
+def _weights(context: ScoringContext, structure: Structure) -> list[_Key]:
+    """A structure's parameters of two axes or more, whose values are there to be read."""
+    anatomy = context.anatomy
+    found: list[_Key] = []
     for index in structure.layers:
-        for role, path in context.anatomy.projections(index).items():
-            in_attention = role in _ATTENTION_ROLES
-            if structure.kind == "layer" or (structure.kind == "attention") == in_attention:
-                module: Any = context.anatomy.layer(index).get_submodule(path)
-                weight = module.weight
-                if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
-                    raise ValueError(
-                        f"{context.anatomy.layer_name(index)}.{path} has a quantized or offloaded weight, whose values "
-                        "cannot be read. Load the model without quantization and offloading, or use 'cka'."
-                    )
-                found.append(module)
+        layer = anatomy.layer(index)
+        if structure.kind == "layer":
+            branches = [name for branch in anatomy.stack.layers[index].branches for name in branch.parameters]
+            hidden = [name for name in branches if stored(layer, name) is None]
+            names = [*matrices(layer), *hidden]
+        else:
+            names = list(branch_of(anatomy, structure).parameters)
+        found += [(index, name) for name in names if _readable(context, index, name).ndim >= 2]
     return found
+
+
+def _readable(context: ScoringContext, index: int, name: str) -> torch.Tensor:
+    value = stored(context.anatomy.layer(index), name)
+    if value is None:
+        raise ValueError(
+            f"{context.anatomy.layer_name(index)}.{name} is a quantized or offloaded weight, whose values cannot be "
+            "read. Load the model without quantization and offloading, or use 'cka'."
+        )
+    return value
 
 
 @contextmanager
@@ -132,22 +139,16 @@ def requiring_gradients(weights: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 def _loss(context: ScoringContext, batch: Batch, index: int) -> torch.Tensor:
-    model: nn.Module = context.anatomy.model
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    if context.anatomy.kind != "decoder" or "input_ids" not in batch:
-        if "labels" not in batch:
-            raise ValueError(
-                f"Batch {index} has no labels, and the loss of {type(model).__name__} needs them. Add a 'labels' "
-                "tensor to every batch, or use 'cka' or 'kl'."
-            )
-        return model(**inputs).loss
-    mask = token_mask(batch, index).to(device)
-    inputs.pop("labels", None)
-    logits = model(**inputs).logits
-    if logits.ndim != 3:
+    anatomy = context.anatomy
+    if not any(stack.causal for stack in anatomy.stacks) or ("input_ids" not in batch and "labels" in batch):
+        return own_loss(anatomy, batch, index)
+    found = predictions(anatomy, batch, token_mask(batch, index), with_labels=False)
+    if found is None and "labels" in batch:
+        return own_loss(anatomy, batch, index)
+    if found is None:
         raise ValueError(
-            f"{type(model).__name__} does not predict the next token, so 'taylor' has no loss here. Use 'kl' or 'cka'."
+            f"{type(anatomy.model).__name__} does not predict the next token, so 'taylor' has no loss here. Use 'kl' "
+            "or 'cka'."
         )
-    targets = inputs["input_ids"][:, 1:].where(mask[:, 1:] & mask[:, :-1], -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+    logits, targets = found
+    return F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten())

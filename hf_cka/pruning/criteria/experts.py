@@ -41,14 +41,14 @@ def watched(module: nn.Module, attribute: str, axis: int, tap: Tap) -> Iterator[
         with _Products(lambda: getattr(module, attribute), axis, main_input(args, kwargs), tap):
             return forward(*args, **kwargs)
 
-    module.forward = run  # type: ignore[method-assign]
+    module.forward = run
     try:
         yield
     finally:
         if before is None:
             module.__dict__.pop("forward", None)
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 class _Products(TorchFunctionMode):
@@ -69,9 +69,8 @@ class _Products(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name == "__getitem__":
             self._indexed(args[0], args[1], out)
-        elif name == "repeat_interleave" and args and isinstance(args[0], torch.Tensor):
-            if _same(args[0], self.hidden) and kwargs.get("dim") == 0 and len(args) > 1 and type(args[1]) is int:
-                self.selected = torch.arange(len(args[0]), device=out.device).repeat_interleave(args[1])
+        elif name == "repeat_interleave":
+            self._repeated(args, kwargs)
         return out
 
     def _is_weight(self, value: Any) -> bool:
@@ -80,9 +79,18 @@ class _Products(TorchFunctionMode):
     def _indexed(self, source: Any, index: Any, out: Any) -> None:
         if self._is_weight(source) and isinstance(out, torch.Tensor) and not self._is_weight(out):
             self.copies.append(out)
-        elif isinstance(index, torch.Tensor) and index.ndim == 1 and index.dtype == torch.long:
-            if isinstance(source, torch.Tensor) and source.ndim == 2 and _same(source, self.hidden):
-                self.selected = index
+        elif (
+            self._is_input(source) and isinstance(index, torch.Tensor) and (index.ndim, index.dtype) == (1, torch.long)
+        ):
+            self.selected = index
+
+    def _repeated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Every token once for each of its experts, one after the other."""
+        if args and self._is_input(args[0]) and kwargs.get("dim") == 0 and len(args) > 1 and type(args[1]) is int:
+            self.selected = torch.arange(len(args[0])).repeat_interleave(args[1])
+
+    def _is_input(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.ndim == 2 and _same(value, self.hidden)
 
     def _multiplied(self, right: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(args) <= right:

@@ -6,34 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from hf_cka.anatomy import Anatomy
-from hf_cka.pruning.criteria.inputs import OUTPUT_ROLES, weight_matrix
+from hf_cka.anatomy import OUTPUTS, Anatomy, Slice, Width
+from hf_cka.pruning.criteria.weights import stored
 
-#: (layer, role) -> one value per weight, ``(out_features, in_features)``, or None where there is nothing to add
+#: (layer, parameter) -> one value per weight, in the shape in which the parameter is stored, or None where there is
+#: nothing to add; the parameter's name is relative to the layer
 Values = Callable[[int, str], torch.Tensor | None]
-
-
-def projection_matrix(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
-    """Return the weight of a projection as ``(out_features, in_features)``, float32 at least.
-
-    Args:
-        anatomy: of the model.
-        layer: which layer.
-        role: which projection.
-    """
-    if role not in OUTPUT_ROLES:
-        return weight_matrix(anatomy, layer, role)
-    sizes = anatomy.sizes(layer)
-    width = sizes.num_heads * sizes.head_dim if role == "o" else sizes.intermediate_size
-    return weight_matrix(anatomy, layer, role, width)
 
 
 def group_sums(anatomy: Anatomy, values: Values) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Sum the values of all weights that go with a group: rows of q, k, v, gate, up, columns of o, down.
 
+    Whatever else has a slice per member counts as well (convolutions, decay rates); vectors (biases, norms) do not.
+
     Args:
         anatomy: of the model.
-        values: asked once for every projection of every layer.
+        values: asked once for every parameter of every layer that members hold a part of.
 
     Returns:
         Per layer the sums of its KV groups, and those of its units, float64 on the CPU.
@@ -41,38 +29,52 @@ def group_sums(anatomy: Anatomy, values: Values) -> tuple[list[torch.Tensor], li
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_cka.anatomy import find_anatomy
+        >>> from hf_cka.pruning.criteria.weights import values_of
         >>> sizes = dict(hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16)
         >>> anatomy = find_anatomy(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))
-        >>> _, units = group_sums(anatomy, lambda layer, role: projection_matrix(anatomy, layer, role) ** 0)
+        >>> _, units = group_sums(anatomy, lambda layer, name: values_of(anatomy, layer, name) ** 0)
         >>> units[0].tolist() == [3 * 8] * 16
         True
     """
-    groups, units = [], []
+    found: dict[str, list[torch.Tensor]] = {kind: [] for kind in OUTPUTS.values()}
     for layer in range(anatomy.num_layers):
-        sizes = anatomy.sizes(layer)
-        group = torch.zeros(sizes.num_kv_heads, dtype=torch.float64)
-        unit = torch.zeros(sizes.intermediate_size, dtype=torch.float64)
-        for role in anatomy.projections(layer):
-            matrix = values(layer, role)
-            if matrix is None:
-                continue
-            sums = matrix.double().sum(dim=0 if role in OUTPUT_ROLES else 1).cpu()
-            if role in ("down", "gate", "up"):
-                unit += sums
-            elif role == "gate_up":
-                unit += sums.unflatten(0, (2, -1)).sum(dim=0)
-            else:
-                group += _by_group(anatomy, layer, role, sums)
-        groups.append(group)
-        units.append(unit)
+        widths = {width.kind: width for width in anatomy.outputs(layer).values()}
+        for kind, sums in found.items():
+            width = widths.get(kind)
+            total = torch.zeros(width.members if width else 0, dtype=torch.float64)
+            for part in member_slices(anatomy, layer, width) if width else ():
+                matrix = values(layer, part.parameter)
+                if matrix is not None and width is not None:
+                    total += _by_member(matrix, part, width.members)
+            sums.append(total)
+    groups, units = found.values()
     return groups, units
 
 
-def _by_group(anatomy: Anatomy, layer: int, role: str, sums: torch.Tensor) -> torch.Tensor:
-    """The sums of the rows (of o: columns) of q, k, v or a fused qkv that belong to each KV group."""
-    sizes = anatomy.sizes(layer)
-    parts = [sums]
-    if role == "qkv" and anatomy.family.qkv_layout == "concat":  # otherwise the rows of one group lie together
-        heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)
-        parts = list(sums.split([n * sizes.head_dim for n in heads]))
-    return torch.stack([part.unflatten(0, (sizes.num_kv_heads, -1)).sum(dim=1) for part in parts]).sum(dim=0)
+def member_slices(anatomy: Anatomy, layer: int, width: Width) -> list[Slice]:
+    """Return the slices of a width that lie in parameters of two axes or more, in the order of the layer.
+
+    Args:
+        anatomy: of the model.
+        layer: which layer.
+        width: of that layer.
+    """
+    names = [name for branch in anatomy.stack.layers[layer].branches for name in branch.parameters]
+    order = {name: place for place, name in enumerate(names)}
+    module = anatomy.layer(layer)
+    found = []
+    for part in width.slices:
+        value = stored(module, part.parameter)
+        # a weight that does not show itself is a matrix: what is quantized is
+        if part.parameter.endswith(".weight") if value is None else value.ndim >= 2:
+            found.append(part)
+    return sorted(found, key=lambda part: order.get(part.parameter, len(order)))
+
+
+def _by_member(values: torch.Tensor, part: Slice, members: int) -> torch.Tensor:
+    """The sums of the rows (or columns) that belong to each member."""
+    sums = values.double().sum(dim=[axis for axis in range(values.ndim) if axis != part.axis]).cpu()
+    runs = [
+        sums[start : start + members * block].unflatten(0, (members, -1)).sum(dim=1) for start, block in part.segments
+    ]
+    return torch.stack(runs).sum(dim=0)

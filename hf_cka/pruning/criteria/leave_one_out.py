@@ -4,6 +4,9 @@ Candidates share their prefix. While the model runs once, as it always does, can
 every layer, as soon as it has run, is called again with its own arguments on the state of each candidate that forked
 before it. So L candidates cost L + L(L-1)/2 layer calls instead of L(L-1), each layer's weights are visited once per
 chunk of calibration rows, and every call is the one the plain loop would make, so the numbers are the same.
+
+Where layers are more than links of a chain (one that runs several times, changes the shape of the stream, or gives
+others something beside the stream), every candidate gets a whole forward pass instead.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from tqdm.auto import tqdm
 from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import ScoringContext, Structure
+from hf_cka.pruning.criteria.outputs import given_logits, logit_rows, next_tokens
 from hf_cka.pruning.criteria.replay import (
     call_with,
     chunks,
@@ -35,7 +40,7 @@ from hf_cka.pruning.criteria.replay import (
     silenced,
     without,
 )
-from hf_cka.representations import check_runnable, evaluating, pool, token_mask
+from hf_cka.representations import check_runnable, evaluating, pool, rows_of, token_mask
 
 # Rows of logits that are turned into float32 log-probabilities at once.
 _LOGIT_ROWS = 128
@@ -47,12 +52,12 @@ class LeftOut:
 
     Args:
         structures: what was left out, one at a time.
-        reference: readouts of the whole model, ``(n_samples, hidden_size)``, on the CPU.
+        reference: readouts of the whole model behind the stack, ``(n_samples, hidden_size)``, on the CPU.
         readouts: per structure, the same without it; empty if they were not asked for.
         kl: per structure, KL(whole || without) of the output distribution, in nats per token (per sample for a
             classification head); empty if logits were not asked for.
         nll: per structure, the negative log-likelihood of the next token without it, in nats; empty likewise, and
-            for an encoder.
+            for a model that predicts none.
         reference_nll: that of the whole model.
         layer_calls: how often a layer was called, the measure of what it cost.
         chunks: parts into which the batches were cut.
@@ -85,8 +90,9 @@ def leave_one_out(
 
     Args:
         context: the model, the data and the pooling.
-        structures: layers, runs of layers and sub-layers, in any mixture.
-        readouts: collect the readouts after the final norm.
+        structures: layers, runs of layers and branches, in any mixture.
+        readouts: collect the readouts after the final norm of the stack (of an encoder-decoder's encoder: what the
+            decoder reads).
         logits: compare the outputs of the head.
         memory: bytes for hidden states and logits.
         shared: share the prefix between candidates; False runs the plain loop, one whole forward pass each.
@@ -109,6 +115,8 @@ def leave_one_out(
     if beyond:
         raise ValueError(f"{', '.join(beyond)}: the model has layers 0 to {anatomy.num_layers - 1}.")
     check_runnable(anatomy.model)
+    # what the experiments on the twin found no way to remove may do more than pass a stream on
+    shared = shared and all(layer.visits == 1 and not layer.reason for layer in anatomy.stack.layers)
     collected = _Collected(context, len(structures), readouts, logits)
     calls = count = 0
     with evaluating(anatomy.model), torch.no_grad():
@@ -116,7 +124,7 @@ def leave_one_out(
         for index, batch in enumerate(bar):
             mask = token_mask(batch, index)
             for part, rows in chunks(anatomy, batch, mask, len(structures), memory, logits=logits):
-                calls += _Chunk(anatomy, structures, part, logits, shared).run(collected, rows)
+                calls += _Chunk(anatomy, structures, part, rows, logits, shared).run(collected)
                 count += 1
     return collected.result(tuple(structures), calls, count)
 
@@ -139,18 +147,25 @@ class _Chunk:
     """One chunk of rows: the model's own pass, with the candidates following it layer by layer."""
 
     def __init__(
-        self, anatomy: Anatomy, structures: Sequence[Structure], batch: Batch, logits: bool, shared: bool
+        self,
+        anatomy: Anatomy,
+        structures: Sequence[Structure],
+        batch: Batch,
+        mask: torch.Tensor,
+        logits: bool,
+        shared: bool,
     ) -> None:
-        self.anatomy, self.structures, self.batch, self.logits = anatomy, structures, batch, logits
+        self.anatomy, self.structures, self.batch, self.mask = anatomy, structures, batch, mask
+        self.logits = logits
         self.states: dict[int, torch.Tensor] = {}
         # candidates that follow the pass; the others get a whole pass of their own
         self.following = set(range(len(structures))) if shared else set()
-        self.templates: list[Any] = []
+        self.templates: dict[int, Any] = {}
         self.last: torch.Tensor | None = None
         self.stepping = False
         self.calls = 0
 
-    def run(self, collected: _Collected, mask: torch.Tensor) -> int:
+    def run(self, collected: _Collected) -> int:
         """Hand the outputs of the whole model and of every candidate to ``collected``; return the layer calls."""
         inside = {id(module) for layer in self.anatomy.layers for module in layer.modules()}
         outside = [module for module in self.anatomy.model.modules() if id(module) not in inside]
@@ -158,15 +173,16 @@ class _Chunk:
             with self._attached():
                 hidden, logits = run_model(self.anatomy, self.batch, self.logits)
             self.calls += self.anatomy.num_layers
-            collected.add_reference(hidden, logits, self.batch, mask)
+            collected.add_reference(hidden, logits, self.batch, self.mask)
+            templates = [self.templates[i] for i in range(self.anatomy.num_layers)]
             for k, structure in enumerate(self.structures):
                 if k in self.following:
-                    hidden, logits = self._finish(self.states.pop(k))
+                    hidden, logits = self._finish(self.states.pop(k), templates)
                 else:
-                    with without(self.anatomy, structure, self.templates):
+                    with without(self.anatomy, structure, templates):
                         hidden, logits = run_model(self.anatomy, self.batch, self.logits)
                     self.calls += self.anatomy.num_layers - (structure.length if structure.kind == "layer" else 0)
-                collected.add(k, hidden, logits, mask)
+                collected.add(k, hidden, logits, self.batch)
         return self.calls
 
     @contextmanager
@@ -177,19 +193,19 @@ class _Chunk:
             if not self.stepping:
                 held.enter_context(resident(module.modules()))
 
-        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def after(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if not self.stepping:
                 self.stepping = True
                 try:
-                    self._step(module, args, kwargs, output)
+                    self._step(index, module, args, kwargs, output)
                 finally:
                     self.stepping = False
                     held.close()
 
         with held, ExitStack() as handles:
-            for layer in self.anatomy.layers:
+            for index, layer in enumerate(self.anatomy.layers):
                 handles.callback(layer.register_forward_pre_hook(before).remove)
-                handles.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+                handles.callback(layer.register_forward_hook(partial(after, index), with_kwargs=True).remove)
             yield
         if len(self.templates) != self.anatomy.num_layers:
             raise RuntimeError(
@@ -197,9 +213,8 @@ class _Chunk:
                 "skipped at random (layerdrop) or compiled away cannot be left out."
             )
 
-    def _step(self, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
+    def _step(self, index: int, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
         """Move every candidate through the layer that has just run."""
-        index = len(self.templates)
         entered, left = entering(args, kwargs), hidden_of(output)
         if self.last is not None and entered is not self.last:
             # The model does something between layers (DeBERTa's convolution), which the states have not seen.
@@ -207,7 +222,7 @@ class _Chunk:
                 self.following.discard(k)
                 self.states.pop(k, None)
         self.last = left
-        self.templates.append(rewrap(output, left[:0]))
+        self.templates.setdefault(index, rewrap(output, left.new_empty(0)))
         for k in sorted(self.following):
             structure = self.structures[k]
             if index < structure.layer:
@@ -222,10 +237,10 @@ class _Chunk:
                 self.states[k] = call_with(layer, self.states[k], args, kwargs)
                 self.calls += 1
 
-    def _finish(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _finish(self, state: torch.Tensor, templates: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run what comes after the last layer (norm, pooler, head) on another state."""
-        replacements = [passing(template) for template in self.templates[:-1]] + [giving(self.templates[-1], state)]
-        with forwards(list(self.anatomy.layers), replacements):
+        replacements = [passing(template) for template in templates[:-1]] + [giving(templates[-1], state)]
+        with forwards(self.anatomy.layers, replacements):
             return run_model(self.anatomy, self.batch, self.logits)
 
 
@@ -240,36 +255,35 @@ class _Collected:
         self.nll = [0.0] * (count + 1)  # the last is the whole model's
         self.rows = self.predicted = 0
         self.distribution = torch.empty(0)
-        self.kept = torch.empty(0)
-        self.targets = torch.empty(0)
+        self.targets: torch.Tensor | None = None
 
     def add_reference(
         self, hidden: torch.Tensor, logits: torch.Tensor | None, batch: Batch, mask: torch.Tensor
     ) -> None:
         if self.with_readouts:
-            self.reference.append(self._pool(hidden, mask))
+            self.reference.append(self._pool(hidden, batch))
         if not self.with_logits:
             return
-        assert logits is not None
-        self.kept = mask.to(logits.device) if logits.ndim == 3 else torch.ones(len(mask), dtype=torch.bool)
-        self.targets = torch.full(mask.shape, -100)
-        if self.context.anatomy.kind == "decoder" and logits.ndim == 3 and "input_ids" in batch:
-            ids = batch["input_ids"].cpu()
-            both = mask[:, :-1] & mask[:, 1:]
-            self.targets[:, :-1] = ids[:, 1:].where(both, -100)
-            self.predicted += int(both.sum())
-        self.distribution = F.log_softmax(logits[self.kept].float(), dim=-1)
+        anatomy = self.context.anatomy
+        logits = given_logits(anatomy, logits)
+        targets = next_tokens(anatomy, batch, logits, mask)
+        logits, kept = logit_rows(logits, batch, anatomy)
+        self.targets = None if targets is None else targets[kept]
+        if self.targets is not None:
+            self.predicted += int((self.targets != -100).sum())
+        self.distribution = F.log_softmax(logits[kept.to(logits.device)].float(), dim=-1)
         self.rows += len(self.distribution)
-        self.nll[-1] += self._negative_log_likelihood(self.distribution, mask)
+        self.nll[-1] += self._negative_log_likelihood(self.distribution)
 
-    def add(self, k: int, hidden: torch.Tensor, logits: torch.Tensor | None, mask: torch.Tensor) -> None:
+    def add(self, k: int, hidden: torch.Tensor, logits: torch.Tensor | None, batch: Batch) -> None:
         if self.with_readouts:
-            self.readouts[k].append(self._pool(hidden, mask))
+            self.readouts[k].append(self._pool(hidden, batch))
         if not self.with_logits:
             return
-        assert logits is not None
-        logits = logits[self.kept]
-        targets = self.targets[mask].to(logits.device) if self.predicted else None
+        anatomy = self.context.anatomy
+        logits, kept = logit_rows(given_logits(anatomy, logits), batch, anatomy)
+        logits = logits[kept.to(logits.device)]
+        targets = self.targets.to(logits.device) if self.targets is not None else None
         for start in range(0, len(logits), _LOGIT_ROWS):
             part = slice(start, start + _LOGIT_ROWS)
             without_it = F.log_softmax(logits[part].float(), dim=-1)
@@ -280,14 +294,15 @@ class _Collected:
                     F.nll_loss(without_it, targets[part], ignore_index=-100, reduction="none").double().sum()
                 )
 
-    def _negative_log_likelihood(self, distribution: torch.Tensor, mask: torch.Tensor) -> float:
-        if not self.predicted:
+    def _negative_log_likelihood(self, distribution: torch.Tensor) -> float:
+        if self.targets is None:
             return 0.0
-        targets = self.targets[mask].to(distribution.device)
+        targets = self.targets.to(distribution.device)
         return float(F.nll_loss(distribution, targets, ignore_index=-100, reduction="none").double().sum())
 
-    def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return pool(hidden, mask.to(hidden.device), self.context.pooling).cpu()
+    def _pool(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        rows, mask = rows_of(hidden, batch, self.context.anatomy)
+        return pool(rows, mask.to(rows.device), self.context.pooling).cpu()
 
     def result(self, structures: tuple[Structure, ...], calls: int, chunks: int) -> LeftOut:
         if not chunks:

@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_cka.anatomy import Anatomy
+from hf_cka.anatomy import OUTPUTS, Anatomy
 from hf_cka.pruning.adapters import active_adapters
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, WidthScores
 from hf_cka.pruning.criteria.controls import requiring_gradients
-from hf_cka.pruning.criteria.groups import Values, group_sums, projection_matrix
+from hf_cka.pruning.criteria.groups import Values, group_sums, member_slices
+from hf_cka.pruning.criteria.replay import branch_of
+from hf_cka.pruning.criteria.weights import values_of
 from hf_cka.pruning.criteria.width_output import prompt_losses
-from hf_cka.representations import check_runnable, evaluating, token_mask
+from hf_cka.representations import check_runnable, evaluating, num_rows, token_mask
 
-_MLP_ROLES = frozenset({"gate", "up", "gate_up", "down"})
-# (layer, role) -> the projection, where it carries active LoRA adapters
+# (layer, parameter relative to it) -> the projection that holds it, where that carries active LoRA adapters
 _Adapted = dict[tuple[int, str], Any]
+# the kinds of width, as people call the part of a layer that they are in
+_PARTS = {"heads": "attention", "units": "MLP"}
 
 
 def score_width(context: ScoringContext) -> WidthScores:
@@ -47,17 +50,17 @@ def score_width(context: ScoringContext) -> WidthScores:
     """
     anatomy = context.anatomy
     adapted = _adapted(anatomy)
-    scored = {part: _whole(anatomy, adapted, part) for part in ("attention", "MLP")}
+    scored = {kind: _whole(anatomy, adapted, kind) for kind in OUTPUTS.values()}
     groups, units = group_sums(anatomy, _importance(context, adapted))
     none = torch.zeros(0, dtype=torch.float64)
     return WidthScores(
-        tuple(groups) if scored["attention"] else (none,) * len(groups),
-        tuple(units) if scored["MLP"] else (none,) * len(units),
+        tuple(groups) if scored["heads"] else (none,) * len(groups),
+        tuple(units) if scored["units"] else (none,) * len(units),
     )
 
 
 def score_depth(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
-    """Score a layer or sub-layer by the summed importance of its adapted weights, as :func:`score_width`.
+    """Score a layer or branch by the summed importance of its adapted weights, as :func:`score_width`.
 
     Args:
         context: a model with LoRA adapters, and the data.
@@ -69,7 +72,7 @@ def score_depth(context: ScoringContext, structures: Sequence[Structure]) -> Dep
     Source: the importance of LoRAPrune (arXiv 2305.18403), summed over whole layers.
     """
     adapted = _adapted(context.anatomy)
-    parts = [[key for key in adapted if _within(key, structure)] for structure in structures]
+    parts = [[key for key in adapted if _within(context.anatomy, key, structure)] for structure in structures]
     without = [str(s) for s, keys in zip(structures, parts, strict=True) if not keys]
     if without:
         raise ValueError(
@@ -84,36 +87,39 @@ def score_depth(context: ScoringContext, structures: Sequence[Structure]) -> Dep
 def _adapted(anatomy: Anatomy) -> _Adapted:
     found: _Adapted = {}
     for layer in range(anatomy.num_layers):
-        for role, path in anatomy.projections(layer).items():
-            module: Any = anatomy.layer(layer).get_submodule(path)
-            if active_adapters(module):
-                found[layer, role] = module
+        for path, module in anatomy.layer(layer).named_modules():
+            # adapters on bare parameters (experts) lie around the whole module, and say nothing about its other weights
+            if active_adapters(module) and not hasattr(module, "parameter_name"):
+                found[layer, f"{path}.weight"] = module
     return found
 
 
-def _whole(anatomy: Anatomy, adapted: _Adapted, part: str) -> bool:
-    """Whether the attention (or MLP) of every layer that has one is adapted; raises where only some are."""
-    roles = {
-        layer: [role for role in anatomy.projections(layer) if (role in _MLP_ROLES) == (part == "MLP")]
-        for layer in range(anatomy.num_layers)
-    }
-    without = [i for i, own in roles.items() if own and not any((i, role) in adapted for role in own)]
-    some = any((i, role) in adapted for i, own in roles.items() for role in own)
+def _whole(anatomy: Anatomy, adapted: _Adapted, kind: str) -> bool:
+    """Whether the heads (or units) of every layer that has some are adapted; raises where only some are."""
+    names: dict[int, list[str]] = {}
+    for layer in range(anatomy.num_layers):
+        width = anatomy.width(layer, kind)
+        if width is not None:
+            names[layer] = [part.parameter for part in member_slices(anatomy, layer, width)]
+    without = [i for i, own in names.items() if own and not any((i, name) in adapted for name in own)]
+    some = any((i, name) in adapted for i, own in names.items() for name in own)
     if some and without:
         raise ValueError(
-            f"Criterion 'loraprune' reads LoRA adapters, and the {part} of layers {without[:8]} carries none. Put "
-            "adapters into every layer (target_modules='all-linear'), or use 'taylor'."
+            f"Criterion 'loraprune' reads LoRA adapters, and the {_PARTS[kind]} of layers {without[:8]} carries none. "
+            "Put adapters into every layer (target_modules='all-linear'), or use 'taylor'."
         )
     return some
 
 
-def _within(key: tuple[int, str], structure: Structure) -> bool:
-    layer, role = key
-    return layer in structure.layers and structure.kind in ("layer", "mlp" if role in _MLP_ROLES else "attention")
+def _within(anatomy: Anatomy, key: tuple[int, str], structure: Structure) -> bool:
+    layer, name = key
+    if layer not in structure.layers:
+        return False
+    return structure.kind == "layer" or name in branch_of(anatomy, structure).parameters
 
 
 def _importance(context: ScoringContext, adapted: _Adapted) -> Values:
-    """Run the batches, and return what gives the importance of every weight of a projection."""
+    """Run the batches, and return what gives the importance of every weight of a parameter."""
     anatomy = context.anatomy
     check_runnable(anatomy.model)
     factors = [
@@ -132,19 +138,24 @@ def _importance(context: ScoringContext, adapted: _Adapted) -> Values:
             loss = prompt_losses(anatomy, batch, mask, index).sum()
             for total, gradient in zip(sums, torch.autograd.grad(loss, factors), strict=True):
                 total += gradient
-            prompts += len(mask)
+            prompts += num_rows(batch)
     gradients = {id(factor): total / prompts for factor, total in zip(factors, sums, strict=True)}
 
-    def importance(layer: int, role: str) -> torch.Tensor | None:
-        module = adapted.get((layer, role))
+    def importance(layer: int, name: str) -> torch.Tensor | None:
+        module = adapted.get((layer, name))
         if module is None:
             return None
+        weight = values_of(anatomy, layer, name)
         estimate: Any = 0.0
-        for name in active_adapters(module):
-            a, b = module.lora_A[name].weight, module.lora_B[name].weight
-            da, db = gradients[id(a)], gradients[id(b)]
-            estimate = estimate + module.scaling[name] * (db @ a.detach().to(db) + b.detach().to(da) @ da - db @ da)
-        return (estimate * projection_matrix(anatomy, layer, role).to(estimate)).square()
+        for adapter in active_adapters(module):
+            # kernel positions of a convolution count as further inputs
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            da, db = (gradients[id(factor)].flatten(1) for factor in (a, b))
+            a, b = a.detach().flatten(1).to(db), b.detach().flatten(1).to(da)
+            estimate = estimate + module.scaling[adapter] * (db @ a + b @ da - db @ da)
+        if getattr(module, "fan_in_fan_out", False):  # the weight is stored as the transpose
+            estimate = estimate.T
+        return (estimate.reshape(weight.shape) * weight.to(estimate)).square()
 
     return importance
 

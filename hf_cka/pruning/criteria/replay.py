@@ -6,7 +6,8 @@ position code is repeated here. Everything is put back, whatever happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_cka.anatomy import Anatomy
+from hf_cka.anatomy import Anatomy, Branch
+from hf_cka.anatomy.parts import Returns
+from hf_cka.anatomy.twin import tensors_of
 from hf_cka.data import Batch
+from hf_cka.modeling.modeling_hf_cka import arguments_of, main_input
 from hf_cka.pruning.criteria.base import Structure
-from hf_cka.representations import forward
-
-# The projection through which a sub-layer reaches the residual stream, by role.
-OUTPUT_ROLES = {"attention": "o", "mlp": "down"}
+from hf_cka.representations import forward, num_rows
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -30,31 +31,70 @@ def hidden_of(output: Any) -> torch.Tensor:
         >>> hidden_of((torch.ones(1), None)).item()
         1.0
     """
-    if hasattr(output, "last_hidden_state"):
-        return output.last_hidden_state
-    return output if isinstance(output, torch.Tensor) else output[0]
+    if isinstance(output, torch.Tensor):
+        return output
+    last = getattr(output, "last_hidden_state", None)
+    return last if isinstance(last, torch.Tensor) else tensors_of(output)[0]
 
 
 def rewrap(output: Any, hidden: torch.Tensor) -> Any:
-    """Return ``hidden`` in the form in which a layer returned ``output``: bare, or first of a tuple.
+    """Return ``hidden`` in the form in which a layer returned ``output``: bare, or in the place of the first tensor.
 
     Example:
         >>> rewrap((torch.ones(1), None), torch.zeros(1))
         (tensor([0.]), None)
     """
-    return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+    if isinstance(output, torch.Tensor):
+        return hidden
+    main = hidden_of(output)
+    if isinstance(output, Mapping):
+        changed = copy.copy(output)
+        for key, value in output.items():
+            if value is main:
+                changed[key] = hidden  # type: ignore[index]
+        return changed
+    values = [hidden if value is main else value for value in output]
+    return values if isinstance(output, list) else tuple(values)
 
 
 def entering(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return the hidden states among the arguments of a layer."""
-    return args[0] if args else kwargs["hidden_states"]
+    """Return the hidden states among the arguments of a layer.
+
+    Example:
+        >>> entering((torch.zeros(1),), {"attention_mask": None})
+        tensor([0.])
+    """
+    return main_input(args, kwargs)
+
+
+def with_input(args: Sequence[Any], kwargs: dict[str, Any], hidden: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of a layer with other hidden states.
+
+    Args:
+        args: as the model gave them.
+        kwargs: likewise.
+        hidden: takes the place of what :func:`entering` finds there.
+
+    Example:
+        >>> with_input((torch.zeros(1), None), {}, torch.ones(1))
+        ((tensor([1.]), None), {})
+    """
+    old = entering(args, kwargs)
+    return (
+        tuple(hidden if value is old else value for value in args),
+        {key: hidden if value is old else value for key, value in kwargs.items()},
+    )
 
 
 def call_with(module: nn.Module, hidden: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Call a layer as it was called before, on other hidden states, and return what leaves it."""
-    if args:
-        return hidden_of(module(hidden, *args[1:], **kwargs))
-    return hidden_of(module(**{**kwargs, "hidden_states": hidden}))
+    """Call a layer as it was called before, on other hidden states, and return what leaves it.
+
+    A cache that the model made although it was asked for none is left out: it holds the tokens of the first call.
+    """
+    args, kwargs = with_input(args, kwargs, hidden)
+    args = [None if hasattr(value, "get_seq_length") else value for value in args]
+    kwargs = {key: None if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
+    return hidden_of(module(*args, **kwargs))
 
 
 def run_model(anatomy: Anatomy, batch: Batch, head: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -66,44 +106,67 @@ def run_model(anatomy: Anatomy, batch: Batch, head: bool) -> tuple[torch.Tensor,
         head: run the head as well.
 
     Returns:
-        What leaves the backbone (after its final norm), ``(batch, tokens, hidden_size)``, and the logits.
+        What leaves the backbone of the stack (after its final norm), ``(batch, tokens, hidden_size)`` for text, and
+        the logits.
+
+    Raises:
+        ValueError: if the model does not run the backbone on this batch.
     """
-    # OPT's head calls the decoder inside the backbone and not the backbone itself: the outermost that ran counts.
-    holder = anatomy.backbone.get_submodule(anatomy.family.layers.rpartition(".")[0])
+    # a head may call a part of the backbone instead of the backbone itself: the outermost that ran counts
+    holder = anatomy.model.get_submodule(anatomy.layers_path.rpartition(".")[0])
     left: dict[nn.Module, torch.Tensor] = {}
     with ExitStack() as handles:
         for part in (holder, anatomy.backbone):
             handles.callback(part.register_forward_hook(partial(_remember, left)).remove)
         output = forward(anatomy, batch, head=head)
-    return left.get(anatomy.backbone, left.get(holder)), getattr(output, "logits", None)  # type: ignore[return-value]
+    hidden = left.get(anatomy.backbone, left.get(holder))
+    if hidden is None:
+        raise unreached(anatomy, batch)
+    return hidden, getattr(output, "logits", None)
+
+
+def unreached(anatomy: Anatomy, batch: Batch) -> ValueError:
+    """Return the error for a stack that the model does not run on a batch.
+
+    Args:
+        anatomy: of the stack.
+        batch: that the model was run on.
+    """
+    return ValueError(
+        f"{anatomy.layers_path!r} of {type(anatomy.model).__name__} does not run on a batch with {', '.join(batch)}: "
+        "it needs its own input (pixel_values, input_features)."
+    )
 
 
 def _remember(left: dict[nn.Module, torch.Tensor], module: nn.Module, _args: Any, output: Any) -> None:
     left[module] = hidden_of(output)
 
 
-def output_projection(anatomy: Anatomy, structure: Structure) -> nn.Module:
-    """Return the projection through which a sub-layer reaches the residual stream.
+def branch_of(anatomy: Anatomy, structure: Structure) -> Branch:
+    """Return the branch that a structure is.
 
     Raises:
-        ValueError: if the sub-layer is not there any more.
+        ValueError: if the branch is not there any more.
     """
-    role = OUTPUT_ROLES[structure.kind]
-    path = anatomy.projections(structure.layer).get(role)
-    if path is None:
-        raise ValueError(f"Layer {structure.layer} has no {structure.kind}: it was removed already.")
-    return anatomy.layer(structure.layer).get_submodule(path)
+    branch = anatomy.branch(structure.layer, structure.kind)
+    if branch is None:
+        raise ValueError(f"Layer {structure.layer} has no {structure.kind}: it was removed already, or never there.")
+    return branch
 
 
 @contextmanager
 def silenced(anatomy: Anatomy, structure: Structure) -> Iterator[None]:
-    """Make a sub-layer add nothing to the residual stream, which is what removing it does.
+    """Make a branch add nothing to the residual stream, which is what removing it does.
 
-    Its output projection gives zeros, bias included; norms inside the branch (Gemma 2, OLMo 2) have no bias and keep
-    zero at zero. Norms on the stream itself (BERT's, after the residual sum) still run, as they do after surgery.
+    The module through which it reaches the stream gives zeros. Norms on the stream itself (BERT's, after the residual
+    sum) still run, as they do after surgery.
     """
-    projection = output_projection(anatomy, structure)
-    handle = projection.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
+    module = anatomy.layer(structure.layer).get_submodule(branch_of(anatomy, structure).module)
+
+    def zeros(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return rewrap(output, torch.zeros_like(hidden_of(output)))
+
+    handle = module.register_forward_hook(zeros)
     try:
         yield
     finally:
@@ -126,11 +189,22 @@ def forwards(modules: Sequence[nn.Module], replacements: Sequence[Callable[..., 
                 module.forward = forward  # accelerate's device hooks live in an instance attribute
 
 
-def passing(template: Any) -> Callable[..., Any]:
-    """Return a ``forward`` that hands its input on, in the form of what the layer returns."""
+def passing(template: Any, returns: Returns = None, arguments: Sequence[str] = ()) -> Callable[..., Any]:
+    """Return a ``forward`` that hands its input on, in the form of what the layer returns.
+
+    Args:
+        template: what the layer returned once.
+        returns: for each element of a tuple, the argument that the layer hands through there; see
+            :class:`hf_cka.anatomy.Layer`. Others stay as they were returned.
+        arguments: names of the arguments of the layer, in order.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return rewrap(template, entering(args, kwargs))
+        output = rewrap(template, entering(args, kwargs))
+        if returns is None or not isinstance(output, tuple) or len(output) != len(returns):
+            return output
+        given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        return tuple(given.get(name or "", value) for name, value in zip(returns, output, strict=True))
 
     return forward
 
@@ -154,7 +228,9 @@ def without(anatomy: Anatomy, structure: Structure, templates: Sequence[Any]) ->
             yield
         return
     layers = [anatomy.layer(i) for i in structure.layers]
-    with forwards(layers, [passing(templates[i]) for i in structure.layers]):
+    returns = [anatomy.stack.layers[i].returns for i in structure.layers]
+    replacements = [passing(templates[i], returns[k], arguments_of(layers[k])) for k, i in enumerate(structure.layers)]
+    with forwards(layers, replacements):
         yield
 
 
@@ -205,11 +281,14 @@ def chunks(
         Parts of the batch, each with its mask.
     """
     config = anatomy.config
-    per_token = (states + 3) * config.hidden_size * next(anatomy.model.parameters()).element_size()
+    per_token = (states + 3) * _stream_width(config) * next(anatomy.model.parameters()).element_size()
     if logits:
-        per_token += 4 * 4 * getattr(config, "vocab_size", 0)
-    rows = max(1, memory // (per_token * mask.shape[1]))
-    count = len(mask)
+        per_token += 4 * 4 * (getattr(config, "vocab_size", None) or 0)
+    rows = max(1, memory // (per_token * _positions(batch, mask)))
+    count = num_rows(batch)
+    # samples of which the parts are packed (patches of several pictures behind each other) stay together
+    if any(isinstance(v, torch.Tensor) and v.ndim and len(v) not in (count, 1) for v in batch.values()):
+        rows = count
     for start in range(0, count, rows):
         part = slice(start, start + rows)
         cut = {
@@ -217,3 +296,26 @@ def chunks(
             for key, value in batch.items()
         }
         yield cut, mask[part]
+
+
+# What makes about one position of the stream: a patch of 16 x 16 pixels, 20 ms of sound, a frame of 80 bands.
+_NUMBERS_A_POSITION = {"pixel_values": 3 * 16 * 16, "input_values": 320, "input_features": 80}
+
+
+def _positions(batch: Batch, mask: torch.Tensor) -> int:
+    """Roughly how many positions a sample has in the stream."""
+    found = [mask.shape[1]]
+    for name, each in _NUMBERS_A_POSITION.items():
+        if isinstance(value := batch.get(name), torch.Tensor):
+            found.append(value[0].numel() // each)
+    return max(found)
+
+
+def _stream_width(config: Any) -> int:
+    """Roughly how wide the stream is."""
+    for name in ("hidden_size", "d_model", "hidden_sizes", "embed_dim"):
+        value = getattr(config, name, None)
+        value = value[-1] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(value, int):
+            return value
+    return 1024

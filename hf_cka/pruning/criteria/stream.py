@@ -12,8 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure
-from hf_cka.pruning.criteria.replay import call_with, chunks, entering, hidden_of, run_model, silenced
-from hf_cka.representations import Pooling, check_runnable, evaluating, pool, token_mask
+from hf_cka.pruning.criteria.replay import branch_of, call_with, chunks, entering, hidden_of, run_model, silenced
+from hf_cka.representations import Pooling, check_runnable, evaluating, pool, rows_of, token_mask
 
 # Bytes for the hidden states of one chunk of rows.
 _MEMORY = 2**30
@@ -25,8 +25,9 @@ Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def score_block_influence(context: ScoringContext, structures: Sequence[Structure]) -> DepthScores:
     """Return 1 - cosine between the stream before and after each structure, averaged over tokens.
 
-    A sub-layer is compared as part of the layer without the other: the attention as input against output without the
-    MLP, the MLP as output without it against output.
+    A branch is compared as part of the layer without those that run after it: the attention as input against output
+    without the MLP, the MLP as output without it against output. A layer that changes the shape of the stream is
+    never removed first.
 
     Source: ShortGPT, arXiv 2403.03853; for sub-layers He et al. 2024, arXiv 2406.15786.
     """
@@ -62,31 +63,49 @@ def _one_minus_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _compare(context: ScoringContext, structures: Sequence[Structure], measure: Measure, name: str) -> DepthScores:
     anatomy = context.anatomy
     check_runnable(anatomy.model)
-    total, count = [0.0] * len(structures), 0
+    total, count = [0.0] * len(structures), [0] * len(structures)
+    notes: dict[Structure, str] = {}
     with evaluating(anatomy.model), torch.no_grad():
         bar = tqdm(context.batches, desc=name, unit="batch", disable=not context.progress, delay=2)
         for index, batch in enumerate(bar):
             mask = token_mask(batch, index)
-            for part, rows in chunks(anatomy, batch, mask, 3 * anatomy.num_layers, _MEMORY):
+            for part, _ in chunks(anatomy, batch, mask, 3 * anatomy.num_layers, _MEMORY):
                 stream = _Stream(context, structures)
                 stream.read(part)
-                kept = rows.to(stream.states[0, "in"].device)
                 for k, structure in enumerate(structures):
                     before, after = stream.around(structure)
+                    if before.shape != after.shape:
+                        notes[structure] = "it changes the shape of the stream"
+                        continue
+                    before, kept = rows_of(before, part, anatomy)
+                    after, _ = rows_of(after, part, anatomy)
                     values = measure(before, after, kept.to(before.device))
                     total[k] += float(values.sum())
-                count += len(values) if structures else 0
-    values_of = tuple(t / count for t in total)
-    return DepthScores(tuple(structures), values_of, {name: values_of})
+                    count[k] += len(values)
+    values_of = tuple(math.inf if s in notes else t / c for s, t, c in zip(structures, total, count, strict=True))
+    return DepthScores(tuple(structures), values_of, {name: values_of}, notes=notes)
 
 
 class _Stream:
-    """The residual stream of one chunk: what enters and leaves each layer, and what leaves it without its MLP."""
+    """The residual stream of one chunk: what enters and leaves each layer, and what leaves it without some branches."""
 
     def __init__(self, context: ScoringContext, structures: Sequence[Structure]) -> None:
         self.anatomy = context.anatomy
-        self.halves = {s.layer for s in structures if s.kind != "layer"}
-        self.states: dict[tuple[int, str], torch.Tensor] = {}
+        self.states: dict[tuple[int, Any], torch.Tensor] = {}
+        # layer -> up to which branches it is run without the later ones
+        self.halves: dict[int, set[int]] = {}
+        self.ends = {s: self._between(s) for s in structures}
+        for structure, places in self.ends.items():
+            last = len(self.anatomy.stack.layers[structure.layer].branches)
+            self.halves.setdefault(structure.layer, set()).update(p for p in places if 0 < p < last)
+
+    def _between(self, structure: Structure) -> tuple[int, ...]:
+        """Of a branch: how many branches of its layer ran before it, and how many with it."""
+        if structure.kind == "layer":
+            return ()
+        names = [b.name for b in self.anatomy.stack.layers[structure.layer].branches]
+        place = names.index(branch_of(self.anatomy, structure).name)
+        return place, place + 1
 
     def read(self, batch: Any) -> None:
         with ExitStack() as handles:
@@ -101,26 +120,29 @@ class _Stream:
             nonlocal busy
             if busy:
                 return
-            self.states[index, "in"] = entering(args, kwargs)
+            # a layer that runs several times: from what first enters it to what leaves it last
+            self.states.setdefault((index, 0), entering(args, kwargs))
             self.states[index, "out"] = hidden_of(output)
-            if index in self.halves:
-                busy = True
-                try:
-                    self.states[index, "half"] = self._without_mlp(module, index, args, kwargs)
-                finally:
-                    busy = False
+            busy = True
+            try:
+                for place in self.halves.get(index, ()):
+                    self.states[index, place] = self._without_later(module, index, place, args, kwargs)
+            finally:
+                busy = False
 
         return hook
 
-    def _without_mlp(self, module: nn.Module, index: int, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-        if "mlp" in self.anatomy.skipped(index):
-            return self.states[index, "out"]
-        with silenced(self.anatomy, Structure("mlp", index)):
-            return call_with(module, self.states[index, "in"], args, kwargs)
+    def _without_later(
+        self, module: nn.Module, index: int, place: int, args: Any, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        with ExitStack() as stack:
+            for branch in self.anatomy.stack.layers[index].branches[place:]:
+                stack.enter_context(silenced(self.anatomy, Structure(branch.name, index)))
+            return call_with(module, entering(args, kwargs), args, kwargs)
 
     def around(self, structure: Structure) -> tuple[torch.Tensor, torch.Tensor]:
         first, last = structure.layer, structure.layers[-1]
-        start = "half" if structure.kind == "mlp" else "in"
-        end = "half" if structure.kind == "attention" else "out"
-        before, after = self.states[first, start], self.states[last, end]
+        start, end = self.ends[structure] or (0, -1)
+        before = self.states[first, start]
+        after = self.states.get((last, end), self.states[last, "out"])
         return before.to(after.device), after

@@ -52,8 +52,6 @@ def stored(layer: nn.Module, name: str) -> torch.Tensor | None:
 def matrices(layer: nn.Module) -> Iterator[str]:
     """Yield the names of all parameters of a layer that have two axes or more, adapters left out.
 
-    A projection whose weight does not show its shape, because it is quantized, is named as well.
-
     Args:
         layer: with or without adapters.
 
@@ -69,15 +67,14 @@ def _matrices(module: nn.Module, path: str) -> Iterator[str]:
     if isinstance(inside, nn.Module):  # adapters lie beside it
         yield from _matrices(inside, path)
         return
-    packed = hasattr(module, "quant_state") or type(module).__name__ in ("Linear4bit", "Params4bit")
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 2 or packed:
+        if parameter.ndim >= 2:
             yield f"{path}.{name}" if path else name
     for name, child in module.named_children():
         yield from _matrices(child, f"{path}.{name}" if path else name)
 
 
-def values_of(anatomy: Anatomy, layer: int, name: str, in_features: int | None = None) -> torch.Tensor:
+def values_of(anatomy: Anatomy, layer: int, name: str) -> torch.Tensor:
     """Return the values of a parameter, as it is stored, with what active adapters add to it; float32 at least.
 
     A quantized module does not show its weight: there the identity goes through the module, which gives the weight it
@@ -87,25 +84,25 @@ def values_of(anatomy: Anatomy, layer: int, name: str, in_features: int | None =
         anatomy: of the model.
         layer: which layer.
         name: of the parameter, relative to the layer.
-        in_features: width of the module's input, where the module does not say it and it is not the model's.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from hf_cka.anatomy import find_anatomy
-        >>> anatomy = find_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)))
+        >>> anatomy = find_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16)))
         >>> values_of(anatomy, 0, "mlp.c_fc.weight").shape
         torch.Size([8, 32])
     """
     module, value = holder_of(anatomy.layer(layer), name), stored(anatomy.layer(layer), name)
     if value is None:
-        return _through(anatomy, module, in_features)
+        taken = {w.output.parameter: w.members * w.output.block for w in anatomy.outputs(layer).values()}
+        return _through(anatomy, module, taken.get(name) or int(getattr(module, "in_features", 0)))
     added = added_weight(module) if name.endswith("weight") and not hasattr(module, "parameter_name") else None
     value = value.detach() if added is None else value.detach() + added.to(value)
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _through(anatomy: Anatomy, module: Any, in_features: int | None) -> torch.Tensor:
-    width = in_features or getattr(module, "in_features", None) or anatomy.config.hidden_size
+def _through(anatomy: Anatomy, module: Any, in_features: int) -> torch.Tensor:
+    width = in_features or anatomy.config.hidden_size
     reference = next(p for p in anatomy.model.parameters() if p.is_floating_point())
     with torch.no_grad():
         rows = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(reference.device, reference.dtype)
@@ -127,13 +124,13 @@ def weight_matrix(anatomy: Anatomy, layer: int, role: str) -> torch.Tensor:
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from hf_cka.anatomy import find_anatomy
-        >>> anatomy = find_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)))
+        >>> anatomy = find_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16)))
         >>> weight_matrix(anatomy, 0, "down").shape
         torch.Size([8, 32])
     """
     width = anatomy.outputs(layer)[role]
     output = width.output
-    value = values_of(anatomy, layer, output.parameter, width.members * output.block)
+    value = values_of(anatomy, layer, output.parameter)
     if stored(anatomy.layer(layer), output.parameter) is not None:
         value = value.T if value.ndim == 2 and output.axis == 0 else value.movedim(output.axis, -1)
         if value.ndim > 2:

@@ -1,5 +1,8 @@
 """Width criteria: what each KV group and each MLP unit is worth.
 
+What is said of heads and KV groups holds for whatever a mixer of tokens has many of, and what is said of MLP units for
+those of experts and convolutions; tokens are the patches of a picture and the frames of sound as well.
+
 All but ``magnitude`` and ``random`` look at what flows into the output projections. A KV group is scored as a whole,
 because grouped attention can only lose whole groups. The criteria that need more than a plain forward pass are in
 ``width_output.py``.
@@ -15,8 +18,9 @@ import torch
 from hf_cka.anatomy import Anatomy
 from hf_cka.pruning.criteria import loraprune
 from hf_cka.pruning.criteria.base import CriterionEntry, ScoringContext, WidthScores
-from hf_cka.pruning.criteria.groups import group_sums, projection_matrix
+from hf_cka.pruning.criteria.groups import group_sums
 from hf_cka.pruning.criteria.inputs import Tokens, stream_inputs
+from hf_cka.pruning.criteria.weights import values_of, weight_matrix
 from hf_cka.pruning.criteria.width_output import score_kl, score_taylor
 from hf_cka.pruning.criteria.width_refit import score_obs
 
@@ -44,13 +48,15 @@ def score_amp(context: ScoringContext) -> WidthScores:
         torch.Size([1536])
     """
     anatomy = context.anatomy
-    matrices = {layer: _head_matrices(anatomy, layer) for layer in _attention_layers(anatomy)}
+    matrices = {i: _head_matrices(anatomy, i) for i in range(anatomy.num_layers) if "o" in anatomy.outputs(i)}
 
     def statistic(layer: int, role: str, tokens: Tokens) -> torch.Tensor:
         if role == "down":
             return tokens.sum(tokens.values.abs())
         matrix = matrices[layer]
         heads = tokens.values.unflatten(1, (matrix.shape[1], -1))
+        if heads.shape[2] == 1:  # channels: the norm of a multiple of one column
+            return tokens.sum(tokens.values.abs() * matrix[:, :, 0].abs().sum(dim=0).to(heads))
         # one head at a time: all at once would hold heads times the residual stream
         added = [(heads[:, n] @ matrix[:, n].T.to(heads)).abs().sum(dim=1) for n in range(heads.shape[1])]
         return tokens.sum(torch.stack(added, dim=1))
@@ -106,7 +112,7 @@ def score_wanda(context: ScoringContext) -> WidthScores:
         tensor(0.0312, dtype=torch.float64)
     """
     squares = _mean(context, lambda layer, role, tokens: tokens.sum(tokens.values.square()))
-    sums = {key: projection_matrix(context.anatomy, *key).abs().sum(dim=0).double().cpu() for key in squares}
+    sums = {key: weight_matrix(context.anatomy, *key).abs().sum(dim=0).double().cpu() for key in squares}
     return _scores(context.anatomy, {key: value.sqrt() * sums[key] for key, value in squares.items()})
 
 
@@ -148,7 +154,7 @@ def score_flap(context: ScoringContext) -> WidthScores:
     """
     fluctuation = _variances(context)
     for key, variance in fluctuation.items():
-        raw = variance * projection_matrix(context.anatomy, *key).square().sum(dim=0).double().cpu()
+        raw = variance * weight_matrix(context.anatomy, *key).square().sum(dim=0).double().cpu()
         spread = raw.std()
         # equal scores (or a single feature) say nothing: neutral, instead of 0 / 0
         fluctuation[key] = (raw - raw.mean()) / spread if spread > 0 else torch.zeros_like(raw)
@@ -157,6 +163,8 @@ def score_flap(context: ScoringContext) -> WidthScores:
 
 def score_magnitude(context: ScoringContext) -> WidthScores:
     """Score a group by the L2 norm of all weights that go with it: rows of q, k, v, gate, up, columns of o, down.
+
+    Every parameter of two axes or more that has a slice per group counts; biases and norms do not.
 
     Args:
         context: the model; no data is read.
@@ -175,8 +183,8 @@ def score_magnitude(context: ScoringContext) -> WidthScores:
     """
     anatomy = context.anatomy
 
-    def squares(layer: int, role: str) -> torch.Tensor:
-        return projection_matrix(anatomy, layer, role).double().square()
+    def squares(layer: int, name: str) -> torch.Tensor:
+        return values_of(anatomy, layer, name).double().square()
 
     groups, units = group_sums(anatomy, squares)
     return WidthScores(tuple(group.sqrt() for group in groups), tuple(unit.sqrt() for unit in units))
@@ -230,7 +238,10 @@ class Moments:
 
 
 def _mean(context: ScoringContext, statistic: Callable[[int, str, Tokens], torch.Tensor]) -> Statistics:
-    """The mean over prompts of a statistic that returns its sum over the prompts of one batch."""
+    """The mean over prompts of a statistic that returns its sum over the prompts of one batch.
+
+    A layer that a forward pass runs several times counts the mean of its runs.
+    """
     totals: Statistics = {}
 
     def consume(layer: int, role: str, tokens: Tokens) -> None:
@@ -238,7 +249,8 @@ def _mean(context: ScoringContext, statistic: Callable[[int, str, Tokens], torch
         totals[layer, role] = totals[layer, role] + value if (layer, role) in totals else value
 
     prompts = stream_inputs(context.anatomy, context.batches, consume, progress=context.progress)
-    return {key: value / prompts for key, value in totals.items()}
+    visits = [layer.visits for layer in context.anatomy.stack.layers]
+    return {key: value / (prompts * visits[key[0]]) for key, value in totals.items()}
 
 
 def _variances(context: ScoringContext) -> Statistics:
@@ -252,28 +264,23 @@ def _variances(context: ScoringContext) -> Statistics:
 
 
 def _scores(anatomy: Anatomy, values: Statistics) -> WidthScores:
-    """One score per unit as it is; one per KV group, the mean over its query heads or their features."""
-    none = torch.zeros(0, dtype=torch.float64)
-    groups = [
-        values[layer, "o"].unflatten(0, (anatomy.sizes(layer).num_kv_heads, -1)).mean(dim=1)
-        if (layer, "o") in values
-        else none
-        for layer in range(anatomy.num_layers)
-    ]
-    return WidthScores(tuple(groups), tuple(values.get((layer, "down"), none) for layer in range(anatomy.num_layers)))
+    """One score per unit as it is; one per KV group, the mean over its query heads or their features.
 
-
-def _attention_layers(anatomy: Anatomy) -> list[int]:
-    return [layer for layer in range(anatomy.num_layers) if "o" in anatomy.projections(layer)]
+    What no token ever reached (an expert that was never chosen) scores nothing.
+    """
+    found: dict[str, list[torch.Tensor]] = {"o": [], "down": []}
+    for layer in range(anatomy.num_layers):
+        outputs = anatomy.outputs(layer)
+        for role, scores in found.items():
+            members = outputs[role].members if role in outputs else 0
+            value = values.get((layer, role), torch.zeros(members, dtype=torch.float64))
+            scores.append(value.unflatten(0, (members, -1)).mean(dim=1) if members else value)
+    return WidthScores(tuple(found["o"]), tuple(found["down"]))
 
 
 def _head_matrices(anatomy: Anatomy, layer: int) -> torch.Tensor:
     """The output projection as (out_features, heads, head_dim)."""
-    return projection_matrix(anatomy, layer, "o").unflatten(1, (anatomy.sizes(layer).num_heads, -1))
-
-
-def _squares(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    return matrix.double().square().sum(dim=dim).cpu()
+    return weight_matrix(anatomy, layer, "o").unflatten(1, (anatomy.sizes(layer).num_heads, -1))
 
 
 _ENTRIES = (

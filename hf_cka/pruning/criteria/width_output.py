@@ -12,9 +12,12 @@ from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
+from hf_cka.modeling.modeling_hf_cka import main_input
 from hf_cka.pruning.criteria.base import ScoringContext, WidthScores
-from hf_cka.pruning.criteria.inputs import output_projections, tapped
-from hf_cka.representations import check_runnable, evaluating, token_mask
+from hf_cka.pruning.criteria.inputs import by_sample, routed_rows, tapped
+from hf_cka.pruning.criteria.outputs import own_loss, predictions, probabilities
+from hf_cka.pruning.criteria.replay import unreached, with_input
+from hf_cka.representations import check_runnable, evaluating, num_rows, token_mask
 
 # Rows in one forward pass of the KL criterion: a batch is copied once per group that is tried.
 _KL_ROWS = 32
@@ -42,29 +45,78 @@ def score_taylor(context: ScoringContext) -> WidthScores:
     """
     anatomy = context.anatomy
     check_runnable(anatomy.model)
-    totals = {key: torch.zeros(count, dtype=torch.float64) for key, count in group_counts(anatomy).items()}
-    mask = torch.empty(0)
+    changes = _Changes(anatomy)
     prompts = 0
+    with ExitStack() as stack:
+        for context_manager in (
+            evaluating(anatomy.model),
+            _gradients_of_activations(anatomy),
+            tapped(anatomy, changes.tap, changes.routed),
+        ):
+            stack.enter_context(context_manager)
+        for index, batch in enumerate(tqdm(context.batches, desc="taylor", disable=not context.progress, delay=2)):
+            changes.batch = batch
+            losses = prompt_losses(anatomy, batch, token_mask(batch, index), index)
+            if not losses.requires_grad:
+                raise unreached(anatomy, batch)
+            losses.sum().backward()
+            changes.finish()
+            prompts += num_rows(batch)
+    return width_scores(anatomy, {key: total / prompts for key, total in changes.totals.items()})
 
-    def tap(layer: int, role: str, hidden: torch.Tensor) -> None:
+
+class _Changes:
+    """Activation times gradient, summed over the tokens of each prompt and the features of each group."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.batch: Batch = {}
+        self.totals = {key: torch.zeros(count, dtype=torch.float64) for key, count in group_counts(anatomy).items()}
+        self.pending: dict[tuple[int, str], torch.Tensor] = {}
+
+    def tap(self, layer: int, role: str, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = _differentiable(hidden)
         values = hidden.detach()
 
         def add(gradient: torch.Tensor) -> None:
-            change = (values.double() * gradient.double()).reshape(*mask.shape, -1)
-            change = change.masked_fill(~mask.to(change.device).unsqueeze(-1), 0).sum(dim=1)
-            groups = change.unflatten(1, (len(totals[layer, role]), -1)).sum(dim=2)
-            totals[layer, role] += groups.abs().sum(dim=0).cpu()
+            change, mask = by_sample(values.double() * gradient.double(), self.batch, self.anatomy)
+            if mask is None:
+                change = change.reshape(-1, change.shape[-1])
+                self._add_rows(layer, role, change, *routed_rows(len(change), None, values, self.batch, self.anatomy))
+            else:
+                self._add(layer, role, change.masked_fill(~mask.to(change.device).unsqueeze(-1), 0).sum(dim=1))
 
         hidden.register_hook(add)
+        return hidden
 
-    with ExitStack() as stack:
-        for context_manager in (evaluating(anatomy.model), _gradients_of_activations(anatomy), tapped(anatomy, tap)):
-            stack.enter_context(context_manager)
-        for index, batch in enumerate(tqdm(context.batches, desc="taylor", disable=not context.progress, delay=2)):
-            mask = token_mask(batch, index)
-            prompt_losses(anatomy, batch, mask, index).sum().backward()
-            prompts += len(mask)
-    return width_scores(anatomy, {key: total / prompts for key, total in totals.items()})
+    def routed(
+        self, layer: int, role: str, rows: torch.Tensor, selected: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        rows = _differentiable(rows)
+        values, where = rows.detach(), routed_rows(len(rows), selected, hidden.detach(), self.batch, self.anatomy)
+        rows.register_hook(lambda gradient: self._add_rows(layer, role, values.double() * gradient.double(), *where))
+        return rows
+
+    def _add_rows(self, layer: int, role: str, change: torch.Tensor, prompt: torch.Tensor, keep: torch.Tensor) -> None:
+        sums = change.new_zeros(num_rows(self.batch), change.shape[-1])
+        sums.index_add_(0, prompt[keep].to(change.device), change[keep.to(change.device)])
+        self._add(layer, role, sums)
+
+    def _add(self, layer: int, role: str, per_prompt: torch.Tensor) -> None:
+        groups = per_prompt.unflatten(1, (len(self.totals[layer, role]), -1)).sum(dim=2)
+        before = self.pending.get((layer, role))
+        self.pending[layer, role] = groups if before is None else before + groups
+
+    def finish(self) -> None:
+        """End a batch: what several multiplications gave a prompt (one per expert) is one change."""
+        for key, groups in self.pending.items():
+            self.totals[key] += groups.abs().sum(dim=0).cpu()
+        self.pending = {}
+
+
+def _differentiable(values: torch.Tensor) -> torch.Tensor:
+    """What depends on no token (a table of positions) carries no gradient yet."""
+    return values if values.requires_grad else values.detach().requires_grad_()
 
 
 def score_kl(context: ScoringContext) -> WidthScores:
@@ -91,9 +143,17 @@ def score_kl(context: ScoringContext) -> WidthScores:
     totals = {key: torch.zeros(count, dtype=torch.float64) for key, count in counts.items()}
     removed: tuple[int, str, range] = (-1, "", range(0))
     prompts = 0
+    # outputs of which the input lies sample by sample, so that copies of the batch lie one after the other
+    in_order: dict[tuple[int, str], bool] = {}
+    seen: set[tuple[int, str]] = set()
 
     def tap(layer: int, role: str, hidden: torch.Tensor) -> torch.Tensor | None:
+        seen.add((layer, role))
         if (layer, role) != removed[:2]:
+            if removed[0] < 0:
+                rows, mask = by_sample(hidden, batch, anatomy)
+                same = mask is not None and torch.equal(rows.reshape(hidden.shape), hidden)
+                in_order[layer, role] = in_order.get((layer, role), True) and same
             return None
         groups = removed[2]
         width = hidden.shape[-1] // counts[layer, role]
@@ -102,17 +162,26 @@ def score_kl(context: ScoringContext) -> WidthScores:
             copy[:, group * width : (group + 1) * width] = 0
         return copies.reshape(hidden.shape)
 
+    def routed(layer: int, role: str, rows: torch.Tensor, _selected: Any, _hidden: Any) -> torch.Tensor | None:
+        # in an order of their own, so that one group at a time is tried
+        seen.add((layer, role))
+        return tap(layer, role, rows) if (layer, role) == removed[:2] else None
+
     bar = tqdm(total=sum(counts.values()) * len(context.batches), desc="kl", disable=not context.progress, delay=2)
-    with bar, evaluating(anatomy.model), tapped(anatomy, tap), torch.no_grad():
+    with bar, evaluating(anatomy.model), tapped(anatomy, tap, routed), torch.no_grad():
         for index, batch in enumerate(context.batches):
-            mask = token_mask(batch, index)
-            prompts += len(mask)
-            intact = logits_of(anatomy, batch).float().log_softmax(dim=-1)
-            step = max(1, _KL_ROWS // len(mask))
+            token_mask(batch, index)  # refuses what is no batch
+            rows = num_rows(batch)
+            prompts += rows
+            intact, mask = probabilities(anatomy, batch)
+            if counts and not seen:
+                raise unreached(anatomy, batch)
+            step = max(1, _KL_ROWS // rows)
             for (layer, role), count in counts.items():
-                for start in range(0, count, step):
-                    removed = (layer, role, range(start, min(start + step, count)))
-                    without = logits_of(anatomy, _copies(batch, len(removed[2]), len(mask))).float().log_softmax(dim=-1)
+                together = step if in_order.get((layer, role)) else 1
+                for start in range(0, count, together):
+                    removed = (layer, role, range(start, min(start + together, count)))
+                    without, _ = probabilities(anatomy, _copies(batch, len(removed[2]), rows))
                     without = without.reshape(len(removed[2]), *intact.shape)
                     for group, changed in zip(removed[2], without, strict=True):
                         divergence = (changed.exp() * (changed - intact)).sum(dim=-1)
@@ -124,11 +193,11 @@ def score_kl(context: ScoringContext) -> WidthScores:
 
 def group_counts(anatomy: Anatomy) -> dict[tuple[int, str], int]:
     """(layer, role) -> how many groups or units the output projection takes in."""
-    counts = {}
-    for layer, role, _ in output_projections(anatomy):
-        sizes = anatomy.sizes(layer)
-        counts[layer, role] = sizes.num_kv_heads if role == "o" else sizes.intermediate_size
-    return counts
+    return {
+        (layer, role): width.members
+        for layer in range(anatomy.num_layers)
+        for role, width in anatomy.outputs(layer).items()
+    }
 
 
 def width_scores(anatomy: Anatomy, values: dict[tuple[int, str], torch.Tensor]) -> WidthScores:
@@ -144,10 +213,10 @@ def width_scores(anatomy: Anatomy, values: dict[tuple[int, str], torch.Tensor]) 
 def _gradients_of_activations(anatomy: Anatomy) -> Iterator[None]:
     """Let gradients flow through the layers while no parameter collects one."""
 
-    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = main_input(args, kwargs)
+        # a layer that runs several times is entered once
+        return None if hidden.requires_grad else with_input(args, kwargs, hidden.detach().requires_grad_())
 
     trainable = [parameter for parameter in anatomy.model.parameters() if parameter.requires_grad]
     handle = anatomy.layer(0).register_forward_pre_hook(start, with_kwargs=True)
@@ -162,23 +231,12 @@ def _gradients_of_activations(anatomy: Anatomy) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def logits_of(anatomy: Anatomy, batch: Batch) -> torch.Tensor:
-    """The output of the head, without a loss and without a cache."""
-    device = next(anatomy.embedding.parameters()).device
-    inputs = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-        if key not in ("labels", "label")
-    }
-    if anatomy.kind == "decoder":
-        inputs["use_cache"] = False
-    return anatomy.model(**inputs).logits
-
-
 def _copies(batch: Batch, times: int, rows: int) -> dict[str, Any]:
     """The batch several times, one after the other."""
     return {
-        key: torch.cat([value] * times) if isinstance(value, torch.Tensor) and len(value) == rows else value
+        key: torch.cat([value] * times)
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+        else value
         for key, value in batch.items()
     }
 
@@ -194,6 +252,9 @@ def prompt_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: int) -> torch.Tensor:
     """Return the mean loss of each prompt of a batch, ``(batch,)``.
 
+    It is that of the next token where the model predicts one, and otherwise that of ``labels``; where only the model
+    itself knows what its labels mean (connectionist temporal classification, boxes), its own loss of the batch.
+
     Args:
         anatomy: of the model.
         batch: model-ready.
@@ -203,19 +264,17 @@ def prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: int
     Raises:
         ValueError: for an encoder without ``labels``, or a decoder's prompt with nothing to predict.
     """
-    logits = logits_of(anatomy, batch).float()
+    found = predictions(anatomy, batch, mask, with_labels=True)
     labels = batch.get("labels")
-    if anatomy.kind == "decoder" and logits.ndim == 3:
-        ids = batch["input_ids"] if labels is None else labels
-        logits, targets = logits[:, :-1], ids[:, 1:].clone()
-        targets[~(mask[:, 1:] & mask[:, :-1])] = -100
+    if found is not None:
+        logits, targets = found
     elif labels is None:
         raise ValueError(
             f"The criterion needs the loss, and batch {index} has no labels for {type(anatomy.model).__name__}. "
             "Add a 'labels' tensor to every batch, or use a criterion without a loss ('amp', 'wanda')."
         )
     else:
-        targets = labels
+        return own_loss(anatomy, batch, index).expand(num_rows(batch))
     targets = targets.to(logits.device)
     losses = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     if logits.ndim == 2:

@@ -12,9 +12,11 @@ from tqdm.auto import tqdm
 from hf_cka.anatomy import Anatomy
 from hf_cka.data import Batch
 from hf_cka.pruning.criteria.base import ScoringContext, WidthScores
-from hf_cka.pruning.criteria.inputs import tapped, weight_matrix
-from hf_cka.pruning.criteria.width_output import group_counts, logits_of, prompt_mean, width_scores
-from hf_cka.representations import check_runnable, evaluating, token_mask
+from hf_cka.pruning.criteria.inputs import linear_outputs, tapped
+from hf_cka.pruning.criteria.outputs import probabilities
+from hf_cka.pruning.criteria.weights import weight_matrix
+from hf_cka.pruning.criteria.width_output import group_counts, prompt_mean, width_scores
+from hf_cka.representations import check_runnable, evaluating, num_rows, token_mask
 
 # Of the Gram matrix, relative to its mean diagonal: keeps it invertible, and collinear units apart.
 _DAMPING = 0.01
@@ -34,14 +36,15 @@ def score_obs(context: ScoringContext) -> WidthScores:
     Gram matrix of the inputs (optimal brain surgeon). A group scores what its elimination added. Errors are relative
     to the residual stream, and a layer's are turned into KL by trying: the cheapest 40 % of its units are replaced by
     what the others predict of them, and the change of the output is measured. So scores compare between layers, and
-    the budget ``"global"`` can spend them; a KV group counts per parameter as a unit does.
+    the budget ``"global"`` can spend them; a KV group counts per parameter as a unit does. Only projections that are
+    one matrix can be refitted: the units of experts and of convolutions are not scored.
 
     Args:
         context: the model and the data.
 
     Raises:
-        ValueError: for no data, NaN or infinite activations, meta weights, a model without logits, or one that does
-            something between its layers.
+        ValueError: for no data, NaN or infinite activations, meta weights, a model without logits, one that does
+            something between its layers, or one of which all projections are experts or convolutions.
 
     Source: optimal brain surgeon (Hassibi and Stork 1993) on whole columns, as in ZipLM (arXiv 2302.04089); measuring
     each layer's sensitivity under the refit is ours.
@@ -52,12 +55,17 @@ def score_obs(context: ScoringContext) -> WidthScores:
     """
     anatomy = context.anatomy
     check_runnable(anatomy.model)
+    if not any(linear_outputs(anatomy, layer) for layer in range(anatomy.num_layers)):
+        raise ValueError(
+            "'obs' refits projections that are one matrix, and all that can be narrowed in "
+            f"{type(anatomy.model).__name__} are experts or convolutions. Use 'wanda' or 'amp'."
+        )
     counts = group_counts(anatomy)
     costs: dict[tuple[int, str], torch.Tensor] = {}
     probes: dict[int, Probe] = {}
     with evaluating(anatomy.model):
         for key, gram in _gram_matrices(context):
-            weights = weight_matrix(anatomy, *key, len(gram)).double().cpu().T
+            weights = weight_matrix(anatomy, *key).double().cpu().T
             size = len(gram) // counts[key]
             order, cost = eliminate(gram, weights, size)
             costs[key] = cost
@@ -142,7 +150,7 @@ def _gram_matrices(context: ScoringContext) -> Iterator[tuple[tuple[int, str], t
     from hf_cka.pruning.walk import Walk  # a repair's tool, which itself looks at criteria
 
     anatomy = context.anatomy
-    walk = Walk(anatomy, PruningPlan(anatomy.num_layers, anatomy.family.name), context.batches)
+    walk = Walk(anatomy, PruningPlan(anatomy.num_layers, anatomy.model_type), context.batches)
     for layer in tqdm(range(anatomy.num_layers), desc="obs", unit="layer", disable=not context.progress, delay=2):
         grams: dict[str, torch.Tensor | float] = {}
         for seen in walk.visit(layer):
@@ -184,12 +192,12 @@ def _measure(context: ScoringContext, probes: Mapping[int, Probe]) -> dict[int, 
 
     with tapped(anatomy, tap), torch.no_grad():
         for index, batch in enumerate(_some(context.batches)):
-            mask = token_mask(batch, index)
-            prompts += len(mask)
+            token_mask(batch, index)  # refuses what is no batch
+            prompts += num_rows(batch)
             trial = -1
-            intact = logits_of(anatomy, batch).float().log_softmax(dim=-1)
+            intact, mask = probabilities(anatomy, batch)
             for trial in tqdm(probes, desc="probing", unit="layer", disable=not context.progress, delay=2):
-                changed = logits_of(anatomy, batch).float().log_softmax(dim=-1)
+                changed, _ = probabilities(anatomy, batch)
                 # row by row: a whole batch of such products would double the memory
                 divergence = torch.stack(
                     [(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(intact, changed, strict=True)]
