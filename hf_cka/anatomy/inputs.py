@@ -180,7 +180,7 @@ def _field(config: Any, names: tuple[str, ...], depth: int = 0) -> Any:
         if isinstance(value, (list, tuple)) and value and name in ("image_size", "input_size") and type(value[0]) is int:
             return tuple(value[-2:])
     for key, value in vars(config).items():
-        if hasattr(value, "to_dict") and depth < 3 and key != "text_config":
+        if hasattr(value, "to_dict") and hasattr(value, "model_type") and depth < 3 and key != "text_config":
             found = _field(value, names, depth + 1)
             if found:
                 return found

@@ -25,7 +25,7 @@ Indices = dict[tuple[str, int], list[int]]
 _NORM = re.compile(r"norm", re.IGNORECASE)
 # Names that a size which follows the members has in the configs and modules of transformers.
 _SIZE = re.compile(r"head|kv|key_value|group|inner|inter|expert|channel|ffn|mlp|size|dim|split|nheads|width|features")
-_NO_SIZE = re.compile(r"layer_id|idx|index|window|kernel|stride|padding|max_|vocab|position|token|top_k|dilation")
+_NO_SIZE = re.compile(r"layer_id|idx|index|window|kernel|stride|padding|max_|vocab|position|token|top_k|dilation|chunk|state")
 # Sizes that follow by their name alone, where this way of computing does not read them.
 _COUNT = re.compile(
     r"(num_|n_)?(attention_|kv_|key_value_|query_)?(heads?|nheads)|all_head_size|inner_dim|intermediate_size|ffn_dim|split_size"
@@ -330,23 +330,40 @@ def completed(bench: Bench, width: Width, tolerance: float) -> Width:
     if width.members < 2:
         return replace(width, reason="it has one member, which must stay")
     kept = list(range(width.members - 1))
-    sizes = _sizes(bench, width)
+    sizes, likely = _sizes(bench, width)
     for scale in (False, True):
         with straight_through(bench.layer, scale) if scale else ExitStack():
             want = _without(bench, width, kept)
-            for chosen, inputs in itertools.islice(_attempts(sizes, _per_member(bench, width)), _ATTEMPTS):
-                attempt = replace(width, attributes=chosen, inputs=inputs, exact=not scale)
-                if _fits(bench, attempt, kept, want, tolerance, scale):
-                    return _extended(bench, attempt, sizes, kept, want, tolerance, scale)
+        for chosen, inputs in itertools.islice(_attempts(sizes, likely, _per_member(bench, width)), _ATTEMPTS):
+            attempt = replace(width, attributes=chosen, inputs=inputs, exact=not scale)
+            if _fits(bench, attempt, kept, want, tolerance, scale):
+                return _extended(bench, attempt, sizes, kept, want, tolerance, scale)
     return replace(width, reason="narrowing its parameters does not equal leaving its members out")
 
 
-def _attempts(sizes: Sequence[Size], tensors: Sequence[tuple[str, str, int, int]]) -> Iterator[Any]:
-    """What may follow, the fewest first."""
-    for count in range(min(_SIZES, len(sizes)) + 1):
+def _attempts(
+    sizes: Sequence[Size], likely: Sequence[Size], tensors: Sequence[tuple[str, str, int, int]]
+) -> Iterator[Any]:
+    """What may follow, the fewest first; before many are combined, all likely ones together with a few others."""
+    for count in range(3):
         for inputs in [(), *((t,) for t in tensors)]:
-            for chosen in itertools.combinations(sizes if not inputs else sizes[:8], count):
+            for chosen in _combinations(sizes if not inputs else sizes[:8], count):
                 yield chosen, inputs
+    others = [s for s in sizes if s not in likely]
+    for count in range(3):
+        for more in _combinations(others, count):
+            yield (*likely, *more), ()
+    for inputs in [(), *((t,) for t in tensors)]:
+        for count in range(3, _SIZES + 1):
+            for chosen in _combinations(sizes if not inputs else sizes[:8], count):
+                yield chosen, inputs
+
+
+def _combinations(sizes: Sequence[Size], count: int) -> Iterator[tuple[Size, ...]]:
+    """So many of the sizes, each attribute once."""
+    for chosen in itertools.combinations(sizes, count):
+        if len({(path, name, at) for path, name, _, at in chosen}) == count:
+            yield chosen
 
 
 def _without(bench: Bench, width: Width, kept: Sequence[int]) -> list[torch.Tensor]:
@@ -372,8 +389,11 @@ def _fits(
         code.narrow(layer, width.data(), kept)
         twin = copy.copy(bench)
         twin.layer = layer
-        with straight_through(layer, True) if scale else ExitStack(), torch.no_grad():
-            return distance(want[:1], twin.run()[:1]) <= tolerance
+        with torch.no_grad():
+            if scale and not all(t.isfinite().all() for t in twin.run()):  # its own norms must be able to run as well
+                return False
+            with straight_through(layer, True) if scale else ExitStack():
+                return distance(want[:1], twin.run()[:1]) <= tolerance
     except Exception:
         return False
 
@@ -400,8 +420,8 @@ def _extended(
     return width
 
 
-def _sizes(bench: Bench, width: Width) -> list[Size]:
-    """Whole numbers of the modules around a width's parameters that may follow it, the likeliest first."""
+def _sizes(bench: Bench, width: Width) -> tuple[list[Size], list[Size]]:
+    """Whole numbers of the modules around a width's parameters that may follow it, the likeliest first; the likely."""
     members = width.members
     plain = (members, members * width.heads, members * width.output.block)
     blocks = sorted({s.block for s in width.slices} | {b for s in width.slices for _, b in s.segments})
@@ -440,7 +460,8 @@ def _sizes(bench: Bench, width: Width) -> list[Size]:
             if type(value) is int and value in plain and _SIZE.search(name) and not _NO_SIZE.search(name) and value > 1:
                 found.append((5 + plain.index(value), (path, f"config.{name}", value // members, None)))
     found.sort(key=lambda item: item[0])
-    return [entry for _, entry in found[:_LOOKED_AT]]
+    likely = {entry[:2]: entry for rank, entry in reversed(found) if rank < 3}
+    return [entry for _, entry in found[:_LOOKED_AT]], list(likely.values())
 
 
 def _per_member(bench: Bench, width: Width) -> list[tuple[str, str, int, int]]:

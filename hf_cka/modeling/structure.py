@@ -75,7 +75,7 @@ def target_of(anatomy: Anatomy, plan: PruningPlan) -> Target:
     """
     model = anatomy.model
     stock = getattr(type(model), "stock_class", type(model))
-    dense = dense_config(model.config)
+    dense = copy.deepcopy(dense_config(model.config))
     base = {s.path: s for s in findings_of(stock, dense, model).stacks}
     old = model.config.__dict__.get("hf_cka") or {}
     gone = {e["module"]: e for e in old.get("removed") or ()}
@@ -510,7 +510,8 @@ def _with_heads(config: Any, entry: Mapping[str, Any], count: int, block: int) -
         if not counted or (path and not any(v in (members,) for v in counted.values())):
             continue
         most = max(counted.values())
-        own.head_dim = block * members // most  # also where the field is no part of the class: modules ask for it
+        with contextlib.suppress(AttributeError):  # also where the field is no part of the class: modules ask for it
+            own.head_dim = block * members // most
         for name, value in counted.items():
             setattr(own, name, value // members * count)
     return config

@@ -177,16 +177,16 @@ def forward(anatomy: Anatomy, batch: Batch, *, head: bool = False) -> Any:
     Args:
         anatomy: of the model.
         batch: a model-ready dict.
-        head: run the head as well. Otherwise the backbone alone is run where it takes all the batch holds: the logits
-            of a language model would cost more memory than everything that is measured.
+        head: run the head as well. Otherwise the model without its head is run where it takes all the batch holds: the
+            logits of a language model would cost more memory than everything that is measured.
     """
     model: Any = anatomy.model
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "label", "use_cache")}
     module: Any = model
     if getattr(model.config, "is_encoder_decoder", False):
         inputs = _with_target(model, inputs, batch)
-    elif not head and inputs.keys() <= set(inspect.signature(anatomy.backbone.forward).parameters):
-        module = anatomy.backbone
+    elif not head and _takes(model.base_model, inputs) and anatomy.stack.path.startswith(_base_prefix(model)):
+        module = model.base_model
     first = next(p for p in model.parameters() if p.is_floating_point())
     # offloaded: the hooks of the device map bring inputs where they belong
     device = torch.device("cpu") if first.device.type == "meta" else first.device
@@ -196,9 +196,19 @@ def forward(anatomy: Anatomy, batch: Batch, *, head: bool = False) -> Any:
         else value
         for key, value in inputs.items()
     }
-    if "use_cache" in inspect.signature(module.forward).parameters:
+    parameters = inspect.signature(module.forward).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and model.can_generate()
+    if "use_cache" in parameters or passes_on:
         inputs["use_cache"] = False
     return module(**inputs)
+
+
+def _takes(module: Any, inputs: dict[str, Any]) -> bool:
+    return inputs.keys() <= set(inspect.signature(module.forward).parameters)
+
+
+def _base_prefix(model: Any) -> str:
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _with_target(model: Any, inputs: dict[str, Any], batch: Batch) -> dict[str, Any]:
