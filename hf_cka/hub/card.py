@@ -17,6 +17,7 @@ from hf_cka.hub.tables import (
     score_table,
     width_table,
 )
+from hf_cka.modeling.modeling_hf_cka import stock_name
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -244,7 +245,7 @@ def _render(
         "score_title": scores[0],
         "score_table": scores[1],
         "loaders": _loaders(facts),
-        "stock_class": facts.architecture.removeprefix("Pruned"),
+        "stock_class": stock_name(facts.architecture),
         "calibration": _calibration(facts.record),
         "settings": json.dumps(settings) if settings else "",
         "history": _history(facts.record),

@@ -36,7 +36,7 @@ def upgraded(config: Mapping[str, Any]) -> Any:
         ValueError: for a stock class that transformers does not have, or sizes that its layers do not have.
     """
     names = config.get("architectures") or [""]
-    stock = getattr(transformers, str(names[0]).removeprefix(code.PREFIX), None)
+    stock = getattr(transformers, code.stock_name(str(names[0])), None)
     if not isinstance(stock, type) or not hasattr(stock, "config_class"):
         raise ValueError(f"architectures={names!r} names no model of transformers.")
     dense = stock.config_class.from_dict({k: v for k, v in config.items() if k not in _OWN})

@@ -411,23 +411,27 @@ def config_class(base_model_type: str) -> Any:
         # `strict` collects the validators of a class when it decorates it
         globals()[name] = strict(type(name, (PrunedConfigMixin, stock), body))
         for auto, model in autos_of(stock).items():
-            getattr(transformers, auto).register(globals()[name], model_class(model), exist_ok=True)
+            getattr(transformers, auto).register(globals()[name], model_class(model, stock), exist_ok=True)
     return globals()[name]
 
 
-def autos_of(stock_config: type) -> dict[str, type]:
-    """The auto classes that know a config class, and the model class that each makes of it."""
+def autos_of(stock_config: Any) -> dict[str, type]:
+    """The auto classes that know a config class, and the stock model class that each makes of it."""
+    # the config of a part of a larger model (emu3_text_model) is known by the name of its folder alone
+    keys = (stock_config.model_type, stock_config.__module__.split(".")[-2])
+    parts = set((getattr(stock_config, "sub_configs", None) or {}).values())
     found: dict[str, type] = {}
     for name, auto in vars(modeling_auto).items():
         if not name.startswith("AutoModel") or getattr(auto, "_model_mapping", None) is None:
             continue
-        # by name: to ask the mapping for its classes would import every model there is
-        named = auto._model_mapping._model_mapping.get(stock_config.model_type)  # type: ignore[attr-defined]
-        if named is None:
-            continue
-        model = getattr(transformers, named if isinstance(named, str) else named[0], None)
-        if isinstance(model, type) and getattr(model, "config_class", None) is stock_config:
-            found[name] = model
+        for key in keys:
+            # by name: to ask the mapping for its classes would import every model there is
+            named = auto._model_mapping._model_mapping.get(key)  # type: ignore[attr-defined]
+            model = getattr(transformers, named if isinstance(named, str) else named[0], None) if named else None
+            known = getattr(model, "config_class", None)
+            # some families have a config of their own for the class of another (EXAONE's is Llama's)
+            if known is stock_config or (known is not None and key == keys[0] and known not in parts):
+                found.setdefault(name, model)  # type: ignore[arg-type]
     return found
 
 
@@ -436,7 +440,7 @@ def auto_map(base_model_type: str) -> dict[str, str]:
     stock = transformers.models.auto.configuration_auto.CONFIG_MAPPING[base_model_type]
     file = __name__.rpartition(".")[2]
     found = {"AutoConfig": f"{file}.{PREFIX}{stock.__name__}"}
-    return found | {auto: f"{file}.{PREFIX}{model.__name__}" for auto, model in autos_of(stock).items()}
+    return found | {auto: f"{file}.{_pruned_name(model, stock)}" for auto, model in autos_of(stock).items()}
 
 
 # ---- the models ----
@@ -460,6 +464,12 @@ class PrunedModelMixin:
         with _as_dense(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         apply_structure(self, getattr(config, "hf_cka", None) or {})
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Which parameters are one: of those that are left, where layers that shared some were removed."""
+        if (left := self.__dict__.get("_tied_left")) is not None:
+            return dict(left)
+        return super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc,no-any-return]
 
 
 def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
@@ -490,6 +500,25 @@ def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
         replace(model, resolve(entry["module"]), entry["kind"], entry["returns"])
     uncached_text(model.config, structure.get("uncached") or ())
     plain_experts(model)
+    retie(model)
+
+
+def retie(model: Any) -> None:
+    """Let parameters that were tied to one of a part that is gone be tied to the first that is left.
+
+    Args:
+        model: of which parts were removed; what its tied weights are called is changed in place.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if {*tied, *tied.values()} <= names:
+        return
+    groups: dict[str, list[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, [source]).append(target)
+    left = [[name for name in group if name in names] for group in groups.values()]
+    model._tied_left = {target: group[0] for group in left for target in group[1:]}
+    model.all_tied_weights_keys = dict(model._tied_left)
 
 
 def _resolver(model: Any) -> Callable[[str], str]:
@@ -506,14 +535,20 @@ def _resolver(model: Any) -> Callable[[str], str]:
     return resolve
 
 
-def model_class(stock: type) -> type:
-    """Return `PrunedX` for the stock model class `X`."""
+def model_class(stock: Any, stock_config: Any = None) -> Any:
+    """Return `PrunedX` for the stock model class `X`.
+
+    Args:
+        stock: the model class.
+        stock_config: of its config, where it is another than the class names (`PrunedXOfYConfig`).
+    """
     if issubclass(stock, PrunedModelMixin):
         return stock
-    name = PREFIX + stock.__name__
-    config = config_class(stock.config_class.model_type)  # type: ignore[attr-defined]
+    stock_config = stock_config or stock.config_class
+    name = _pruned_name(stock, stock_config)
+    config = config_class(stock_config.model_type)
     if name not in globals():
-        known = autos_of(stock.config_class)  # type: ignore[attr-defined]
+        known = autos_of(stock_config)
         auto = next((a for a, m in known.items() if m is stock and a != "AutoModel"), "AutoModel")
         body = {
             "__module__": __name__,
@@ -524,6 +559,21 @@ def model_class(stock: type) -> type:
         }
         globals()[name] = type(name, (PrunedModelMixin, stock), body)
     return globals()[name]
+
+
+def _pruned_name(stock: Any, stock_config: Any) -> str:
+    own = stock.config_class is stock_config
+    return PREFIX + stock.__name__ + ("" if own else f"Of{stock_config.__name__}")
+
+
+def stock_name(architecture: str) -> str:
+    """The stock class among the `architectures` of a config.
+
+    Example:
+        >>> stock_name("PrunedLlamaForCausalLMOfExaoneConfig")
+        'LlamaForCausalLM'
+    """
+    return re.sub(rf"^{PREFIX}(.*?)(Of\w+Config)?$", r"\1", architecture)
 
 
 def become(model: Any, cls: type) -> None:
@@ -544,9 +594,10 @@ def become(model: Any, cls: type) -> None:
 
 def __getattr__(name: str) -> Any:
     """Make a class the first time it is asked for by name, as `auto_map` and pickle do."""
-    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    stock = getattr(transformers, stock_name(name), None) if name.startswith(PREFIX) else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, PreTrainedConfig):
         return config_class(stock.model_type)
-    return model_class(stock)
+    other = name.removeprefix(PREFIX + stock.__name__)
+    return model_class(stock, getattr(transformers, other.removeprefix("Of")) if other else None)

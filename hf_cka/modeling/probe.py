@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,9 @@ def auto_class(architecture: str) -> Any:
     """The auto class that loads an architecture, with its head; `AutoModel` for a model without one."""
     from transformers.models.auto import modeling_auto
 
-    stock = architecture.removeprefix("Pruned")
+    stock = re.sub(r"^Pruned(.*?)(Of\w+Config)?$", r"\1", architecture)
     for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or name == "AutoModel" or not name.startswith("AutoModelFor"):
+        if not name.startswith("AutoModelFor") or (mapping := getattr(auto, "_model_mapping", None)) is None:
             continue
         names = [n for v in mapping._model_mapping.values() for n in ((v,) if isinstance(v, str) else v)]
         if stock in names:

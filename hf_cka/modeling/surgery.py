@@ -89,9 +89,10 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     model.config.pruning = record
     model.config.pruning["parameters_after"] = _num_parameters(model)
     stock = getattr(type(model), "stock_class", type(model))
-    code.become(model, code.model_class(stock) if target.structure else stock)
+    code.become(model, code.model_class(stock, type(model.config).stock_class) if target.structure else stock)
     code.uncached_text(model.config, target.structure.get("uncached") or ())
     code.plain_experts(model)
+    code.retie(model)
     remember(type(model), model.config, left)
     if adapter_configs(model):
         first = plan.by_stack[0]

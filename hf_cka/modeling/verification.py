@@ -16,8 +16,8 @@ import torch
 from hf_cka.anatomy.inputs import probe_batches
 from hf_cka.anatomy.model import twin_of
 from hf_cka.anatomy.twin import quiet
+from hf_cka.modeling import modeling_hf_cka as code
 from hf_cka.modeling.fresh_process import run_fresh
-from hf_cka.modeling.modeling_hf_cka import MODEL_TYPE
 from hf_cka.modeling.probe import compare_generation, generates, run_first
 
 _PROBE = Path(__file__).with_name("probe.py")
@@ -110,7 +110,7 @@ def verify_many(
             files = [str(Path(scratch) / f"inputs{position}.{i}.safetensors") for i in range(len(tried))]
             for tensors, file in zip(tried, files, strict=True):
                 _save({name: value.contiguous() for name, value in tensors.items()}, Path(file))
-            for way in ("remote", "package") if config.get("model_type") == MODEL_TYPE else ("stock",):
+            for way in ("remote", "package") if config.get("model_type") == code.MODEL_TYPE else ("stock",):
                 owners.append(position)
                 jobs.append(
                     {
@@ -184,10 +184,11 @@ def _stock(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The stock class and the stock config that a `config.json` names."""
     import transformers
 
-    name = (config.get("architectures") or [""])[0].removeprefix("Pruned")
-    stock = getattr(transformers, name)
+    stock = getattr(transformers, code.stock_name((config.get("architectures") or [""])[0]))
     kept = {k: v for k, v in config.items() if k not in ("hf_cka", "auto_map", "base_model_type", "model_type")}
-    return stock, stock.config_class.from_dict(kept)
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    model_type = config.get("base_model_type") or config.get("model_type")
+    return stock, (known[model_type] if model_type in known else stock.config_class).from_dict(kept)
 
 
 def _on_meta(config: Mapping[str, Any]) -> Any:

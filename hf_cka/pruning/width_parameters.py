@@ -301,6 +301,5 @@ def model_of(source: Any) -> nn.Module:
     if isinstance(stock, type):
         return built(stock)
     bare = built(transformers.AutoModel.from_config)
-    known = type(source) in transformers.AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118
-    decodes = known and find_anatomy(bare).kind == "decoder"
+    decodes = "AutoModelForCausalLM" in code.autos_of(type(source)) and find_anatomy(bare).kind == "decoder"
     return built(transformers.AutoModelForCausalLM.from_config) if decodes else bare
