@@ -22,11 +22,15 @@ from hf_cka.anatomy.stacks import (
     watching,
     why_not_removable,
 )
-from hf_cka.anatomy.twin import Twin, distance, make_twin, outputs, tensors_of
+from hf_cka.anatomy.twin import Twin, distance, make_twin, outputs, tensors_of, text_alone
 from hf_cka.anatomy.widths import completed, find_widths, named, proven
 from hf_cka.modeling import modeling_hf_cka as code
 
 _ROUTER = re.compile(r"(gate|router|classifier)$")
+# Modules whose weights fused kernels read without calling them, so that an adapter around them would be lost; PEFT
+# refuses them for these model types.
+_READ_NOT_CALLED = ("out_proj", "conv1d")
+_FUSED = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # Layers of one kind that are taken out, one at a time, to see what happens; more are alike.
 _TRIED = 12
 # What one layer is like: its class, its parameters, and the numbers and words among its modules' attributes.
@@ -51,9 +55,9 @@ def discover(model: Any) -> tuple[Findings, Twin | None]:
         torch.manual_seed(0)
         found = find_stacks(twin, lambda call: bool(find_branches(Bench(twin.model.get_submodule(call.path), call))[0]))
         stacks = [_stack(twin, f) for f in found]
-    # of what can be taken apart, the largest first
-    stacks.sort(key=lambda s: (all(layer.reason for layer in s.layers), -s.parameters))
-    findings = Findings(tuple(stacks), tuple(twin.batch), _unseen(twin))
+    optional = _optional(twin, [s.layers[0].path for s in stacks])
+    stacks = [replace(s, optional=s.layers[0].path in optional) for s in stacks]
+    findings = Findings(tuple(sorted(stacks, key=lambda s: s.rank)), tuple(twin.batch), _unseen(twin))
     return (findings if twin.scale == 1 else scaled(findings, twin, model)), twin
 
 
@@ -91,7 +95,7 @@ def _stack(twin: Twin, found: Found) -> Stack:
                 branches=tuple(branches),
                 widths=named(widths, branches),
                 single=single,
-                linears=_linears(model.get_submodule(path), widths),
+                linears=_linears(model.get_submodule(path), widths, getattr(model.config, "model_type", "")),
             )
     for path, why in found.others.items():
         layers[path] = _unchained(twin, path, why)
@@ -132,15 +136,31 @@ def _unchained(twin: Twin, path: str, why: str) -> Layer:
     return Layer(path, None, tuple(branches), named(widths, branches), why, linears=_linears(module, widths))
 
 
-def _linears(layer: nn.Module, widths: Sequence[Width]) -> tuple[str, ...]:
+def _linears(layer: nn.Module, widths: Sequence[Width], model_type: str = "") -> tuple[str, ...]:
     """The projections that adapters go into: all but routers; of a layer without any, its convolutions."""
-    found = [n for n, m in layer.named_modules() if n and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")]
+    found = [n for n, m in layer.named_modules() if n and _projects(m)]
+    if model_type in _FUSED:
+        found = [n for n in found if n.rpartition(".")[2] not in _READ_NOT_CALLED]
     inside = {s.module for w in widths for s in w.slices}
     experts = {n.rpartition(".")[0].rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim == 3 and n.count(".")}
     routers = {n for n in found if n.rpartition(".")[0] in experts and n not in inside and _ROUTER.search(n)}
     if found:
         return tuple(n for n in found if n not in routers)
     return tuple(n for n, m in layer.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
+
+
+def _projects(module: nn.Module) -> bool:
+    """Whether a module is one matrix product: a subclass of `nn.Linear` may be another (one per group of its input)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    if module.weight.is_meta:
+        return True
+    probe = torch.ones(2, 3, module.in_features, dtype=module.weight.dtype)
+    try:
+        with torch.no_grad():
+            return torch.allclose(module(probe), nn.Linear.forward(module, probe))
+    except Exception:
+        return False
 
 
 def _signature(module: nn.Module) -> Signature:
@@ -201,6 +221,19 @@ def _causal(twin: Twin, found: Found) -> bool:
     return float(moved[:-1].max()) <= 1e-6 * float(moved[-1])
 
 
+def _optional(twin: Twin, paths: Sequence[str]) -> set[str]:
+    """Layers that text alone does not reach, of a model that takes text alone."""
+    text = text_alone(twin.batch)
+    if not text:
+        return set()
+    with watching(twin.model, {path: twin.model.get_submodule(path) for path in paths}) as calls:
+        try:
+            outputs(twin.model, text)
+        except Exception:
+            return set()
+    return set(paths) - {call.path for call in calls}
+
+
 def _unseen(twin: Twin) -> tuple[str, ...]:
     """Modules that no input reached: nothing about them is proven."""
     modules = {n: m for n, m in twin.model.named_modules() if n and next(m.parameters(recurse=False), None) is not None}
@@ -234,6 +267,8 @@ def _proven_branch(twin: Twin, branch: Branch, paths: Sequence[str]) -> Branch:
 
 def _proven_width(twin: Twin, width: Width, paths: Sequence[str]) -> Width:
     places = []
+    if any(f"{path}.{s.module}" in twin.exchanged for path in paths for s in width.slices):
+        return replace(width, reason="the model builds their module anew, from its config, as it runs")
     for path in paths:
         holder, _, name = path.rpartition(".")
         places.append((twin.model.get_submodule(holder), name))
@@ -257,5 +292,5 @@ def _by_shape(model: Any, why: str) -> Findings:
         count = sum(p.numel() for p in module.parameters())
         causal = bool(getattr(model, "can_generate", lambda: False)())
         stacks.append(Stack(path, chain, _backbone(model, path), causal, count))
-    return Findings(tuple(sorted(stacks, key=lambda s: -s.parameters)), notes=(why,))
+    return Findings(tuple(sorted(stacks, key=lambda s: s.rank)), notes=(why,))
 

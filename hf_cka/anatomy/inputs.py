@@ -156,7 +156,7 @@ def _text_with_pictures(
 def _picture_forms(config: Any, pixels: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
     """A picture as pixels, or as patches with a grid."""
     yield {"pixel_values": pixels}
-    vision = getattr(config, "vision_config", config)
+    vision = getattr(config, "vision_config", None) or config
     patch, frames = _field(vision, ("patch_size",)), getattr(vision, "temporal_patch_size", 1) or 1
     merge = getattr(vision, "spatial_merge_size", 1) or 1
     if patch:

@@ -62,7 +62,7 @@ class Anatomy:
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """All stacks of the model, the one with most parameters first."""
+        """All stacks of the model: the one with most parameters first, those that text alone does not reach last."""
         return self.findings.stacks
 
     def on(self, stack: str) -> Anatomy:
@@ -161,6 +161,7 @@ class Anatomy:
         lines = [f"{type(self.model).__name__} ({self.model_type}), tried on {', '.join(self.findings.inputs) or 'nothing'}"]
         for stack in self.stacks:
             mark = "  (default)" if stack.path == self.stack.path else ""
+            mark += "  (text alone does not reach it)" if stack.optional else ""
             lines.append(f"\n{stack.path}: {len(stack.layers)} layers, {stack.kind}, {stack.parameters:,} parameters{mark}")
             lines += _rows(stack.layers)
         lines += [f"\nnot seen: {name} (no input of the experiment reached it)" for name in self.findings.unseen]
@@ -196,7 +197,7 @@ def find_anatomy(model: nn.Module, stack: str | None = None) -> Anatomy:
 
     Args:
         model: a `PreTrainedModel` with any head, a bare backbone, or either inside PEFT, DDP or `torch.compile`.
-        stack: the stack to look from, by path or part of one; by default the one with most parameters.
+        stack: the stack to look from, by path or part of one; by default the first of `Anatomy.stacks`.
 
     Raises:
         ValueError: if the model has no stack of layers, or none of that name.

@@ -188,6 +188,7 @@ class Stack:
         backbone: dotted name of the module whose output is the stack's, after the final norm; "" is the model.
         causal: whether a token sees those before it alone.
         parameters: of all layers.
+        optional: text alone does not reach it, though the model takes text alone (a vision tower).
     """
 
     path: str
@@ -195,11 +196,17 @@ class Stack:
     backbone: str
     causal: bool
     parameters: int
+    optional: bool = False
 
     @property
     def kind(self) -> str:
         """ "decoder" or "encoder"."""
         return "decoder" if self.causal else "encoder"
+
+    @property
+    def rank(self) -> tuple[bool, bool, int]:
+        """What puts a stack before another: that it can be taken apart, that any input reaches it, its size."""
+        return all(layer.reason for layer in self.layers), self.optional, -self.parameters
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class Findings:
     """All stacks of a model, and how they were found.
 
     Attributes:
-        stacks: the one with most parameters first.
+        stacks: by `Stack.rank`, the one that is meant by default first.
         inputs: what the model was run on ("input_ids", "pixel_values").
         unseen: modules with parameters that no input reached.
         notes: what could not be done, in words.

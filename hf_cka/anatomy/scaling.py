@@ -26,8 +26,7 @@ def scaled(findings: Findings, twin: Twin, model: Any) -> Findings:
         layers = tuple(_layer(layer, twin.model, model) for layer in stack.layers)
         count = sum(p.numel() for layer in layers for p in model.get_submodule(layer.path).parameters())
         stacks.append(replace(stack, layers=layers, parameters=count))
-    order = sorted(stacks, key=lambda s: (all(layer.reason for layer in s.layers), -s.parameters))
-    return replace(findings, stacks=tuple(order))
+    return replace(findings, stacks=tuple(sorted(stacks, key=lambda s: s.rank)))
 
 
 def _layer(layer: Layer, twin: nn.Module, model: nn.Module) -> Layer:

@@ -40,12 +40,16 @@ class Twin:
         batch: what it is run on.
         scale: by what the widths of the real model are larger; 1 where it has the same sizes.
 
+        exchanged: names of modules that the model put others in the place of as it ran (BigBird's attention).
+
     Attributes:
         tolerance: how far equal outputs may differ, relative to the largest.
     """
 
-    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor], scale: int) -> None:
-        self.model, self.batch, self.scale = model, batch, scale
+    def __init__(
+        self, model: nn.Module, batch: dict[str, torch.Tensor], scale: int, exchanged: frozenset[str] = frozenset()
+    ) -> None:
+        self.model, self.batch, self.scale, self.exchanged = model, batch, scale, exchanged
         self.dense = outputs(model, batch)
         self.tolerance = 1e-9 if self.dense[0].dtype == torch.float64 else 2e-5
 
@@ -83,14 +87,34 @@ def make_twin(model: Any) -> Twin:
         except Exception as error:
             tried.append(f"1/{scale}: {type(error).__name__} {error}"[:160])
             continue
+        built = dict(twin.named_modules())
         for dtype in (torch.float64, torch.float32):
             twin = twin.to(dtype)
             found = _first_that_runs(twin, tried)
             if found is not None:
-                return Twin(twin, found, scale)
+                for batch in (found, text_alone(found)):
+                    if batch and _draws(twin, batch):
+                        raise ValueError(f"{type(model).__name__} draws random numbers on {' and '.join(batch)} alone.")
+                exchanged = frozenset(n for n, m in twin.named_modules() if built.get(n) is not m)
+                return Twin(twin, found, scale, exchanged)
     raise ValueError(
         f"{type(model).__name__} could not be run at a small size ({'; '.join(dict.fromkeys(tried[-3:])) or 'too large'})."
     )
+
+
+def text_alone(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a text model is given of a batch; empty where there is no text, or nothing else."""
+    text = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+    return text if "input_ids" in text and len(text) < len(batch) else {}
+
+
+def _draws(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two runs on the same inputs differ."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return not all(map(torch.equal, outputs(model, batch), outputs(model, batch)))
+        except Exception:
+            return False
 
 
 def _configs(model: Any, tried: list[str]) -> Iterator[tuple[Any, int]]:

@@ -22,13 +22,13 @@ from hf_cka.modeling import modeling_hf_cka as code
 
 # (parameter, axis) -> indices
 Indices = dict[tuple[str, int], list[int]]
-_NORM = re.compile(r"norm", re.IGNORECASE)
+_NORM = re.compile(r"norm|GRN", re.IGNORECASE)
 # Names that a size which follows the members has in the configs and modules of transformers.
 _SIZE = re.compile(r"head|kv|key_value|group|inner|inter|expert|channel|ffn|mlp|size|dim|split|nheads|width|features")
 _NO_SIZE = re.compile(r"layer_id|idx|index|window|kernel|stride|padding|max_|vocab|position|token|top_k|dilation|chunk|state")
 # Sizes that follow by their name alone, where this way of computing does not read them.
 _COUNT = re.compile(
-    r"(num_|n_)?(attention_|kv_|key_value_|query_)?(heads?|nheads)|all_head_size|inner_dim|intermediate_size|ffn_dim|split_size"
+    r"(num_|n_)?(attention_|kv_|key_value_|query_)?(heads?|nheads)|all_head_size|inner_dim|intermediate_size|ffn_dim|split_size|lru_width"
 )
 # How many sizes a module may keep of one width, and how many are looked at.
 _SIZES, _LOOKED_AT = 4, 14
@@ -50,7 +50,11 @@ def find_widths(bench: Bench, branches: Sequence[Branch], single: bool, config: 
     with straight_through(bench.layer), _Leaky():
         base = _gradients(bench)
         found: list[Width] = []
+        stream = code.main_input(bench.args, bench.kwargs)
+        alone = stream.ndim == 3 and 1 in stream.shape[:2]  # of one position, attention shows nothing of its heads
         for branch in branches:
+            if alone and not single and branch.name.startswith(("attention", "cross")):
+                continue
             # only what is in the branch: elsewhere an activation may happen to die when its input changes
             inner = {n: base[n] for n in branch.parameters}
             own = [w for n in branch.parameters for axis in _axes(bench.layer, n) if (w := _width(bench, inner, n, axis))]
@@ -247,17 +251,19 @@ def _through(norm: Any, scale: bool) -> Iterator[None]:
     forward = norm.forward
 
     def through(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(plain := forward(hidden, *args, **kwargs), torch.Tensor):
+            return plain  # a norm of several tensors at once
         if scale:
             weight = getattr(norm, "weight", None)
             shape = [-1] + [1] * (hidden.ndim - 2) if isinstance(norm, nn.modules.batchnorm._NormBase) else [-1]
-            value = hidden if weight is None else hidden * weight.view(shape)
+            value = hidden if weight is None else hidden * (weight.view(shape) if weight.ndim == 1 else weight)
             gate = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
             return value if gate is None or gate.shape != value.shape else value * torch.nn.functional.silu(gate)
         given = [v for v in (hidden, *args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.shape == hidden.shape]
         still = [v.detach() if isinstance(v, torch.Tensor) else v for v in args]
         out = forward(hidden.detach(), *still, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
-        if not isinstance(out, torch.Tensor) or out.shape != hidden.shape:
-            return forward(hidden, *args, **kwargs)
+        if out.shape != hidden.shape:
+            return plain
         return out + sum(v - v.detach() for v in given)
 
     norm.forward = through
@@ -410,10 +416,11 @@ def _extended(
     """Let further sizes follow that this way of computing does not read, and another one may."""
     plain = {width.members, width.members * width.heads, width.members * width.output.block}
     for entry in sizes:
-        path, name, _, positions = entry
+        path, name, each, positions = entry
         if entry in width.attributes or positions is not None or not _COUNT.fullmatch(name):
             continue
-        if getattr(code.part(bench.layer, path), name) in plain:
+        value = getattr(code.part(bench.layer, path), name)
+        if value in plain and value == each * width.members:
             attempt = replace(width, attributes=(*width.attributes, entry))
             if _fits(bench, attempt, kept, want, tolerance, scale):
                 width = attempt

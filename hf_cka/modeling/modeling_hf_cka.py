@@ -7,7 +7,7 @@ so that costs nothing), then the parts that `config.hf_cka` names are taken out.
 against the model before anything is done: it chooses among the model's own modules, parameters and sizes.
 
     {"version": 2,
-     "removed": [{"module": "model.layers.3", "kind": "layer", "returns": ["stream", null]}, ...],
+     "removed": [{"module": "model.layers.3", "kind": "layer", "returns": ["stream", null]}, ...],  (perhaps "cache": 3)
      "narrowed": [{"members": 8, "slices": [["self_attn.q_proj.weight", 0, [[0, 16]]], ...],
                    "attributes": [["self_attn", "num_heads", 1], ...], "inputs": [["self_attn", "position_bias", 1, 1], ...],
                    "kept": {"model.layers.0": "0-2,5", ...}}, ...],
@@ -20,7 +20,7 @@ it is a list. An input is a module, an argument, an axis of it, and how many ind
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,20 +50,33 @@ class Removed(nn.Module):
         returns: None for a bare tensor, else one entry per element of the tuple that the module returned: "stream"
             for its main output, the name of the argument that it handed through, or None.
         arguments: names of the arguments of the module that was here, in order.
+        cache: the layer of a cache of keys and values whose positions it counts on, where the decoder reads their
+            number there; the other way is to leave that layer out of the cache (`PrunedConfigMixin`).
     """
 
-    def __init__(self, kind: str, returns: Sequence[str | None] | None, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, kind: str, returns: Sequence[str | None] | None, arguments: Sequence[str], cache: int | None = None
+    ) -> None:
         super().__init__()
-        self.kind, self.returns, self.arguments = kind, returns, tuple(arguments)
+        self.kind, self.returns, self.arguments, self.cache = kind, returns, tuple(arguments), cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         stream = main_input(args, kwargs)
+        if self.cache is not None:
+            self._count(given.values(), stream)
         if self.kind != "layer":
             stream = torch.zeros_like(stream)
         if self.returns is None:
             return stream
         return tuple(stream if name == "stream" else given.get(name) for name in self.returns)
+
+    def _count(self, given: Iterable[Any], stream: torch.Tensor) -> None:
+        for cache in given:
+            if hasattr(cache, "self_attention_cache"):
+                one = stream.new_zeros(stream.shape[0], 1, stream.shape[1], 1)
+                cache.self_attention_cache.update(one, one, self.cache)
+                return
 
 
 def main_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -188,6 +201,9 @@ def take(module: Any, name: str, axis: int, index: torch.Tensor) -> None:
         setattr(module, name, kept)
     if name != "weight":
         return
+    for buffer, value in list(module.named_buffers(recurse=False)):  # statistics, or scales of a quantized weight
+        if value.shape == old.shape or (axis == 0 and value.shape == old.shape[:1]):
+            take(module, buffer, axis, index)
     rows = tuple(kept.shape)
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
@@ -202,9 +218,6 @@ def take(module: Any, name: str, axis: int, index: torch.Tensor) -> None:
         module.out_channels = rows[0]
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = rows[0]
-        for statistic in ("running_mean", "running_var"):
-            if getattr(module, statistic, None) is not None:
-                take(module, statistic, 0, index)
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = rows
     elif isinstance(getattr(module, "normalized_shape", None), tuple):
@@ -224,7 +237,8 @@ def plain_experts(model: Any) -> bool:
         Whether some did.
     """
     odd = any(
-        p.ndim == 3 and p.is_floating_point() and p.shape[-1] * p.element_size() % 16 for p in model.parameters()
+        p.ndim == 3 and p.is_floating_point() and any(n * p.element_size() % 16 for n in p.shape[1:])
+        for p in model.parameters()
     )
     if odd and getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("eager")
@@ -310,7 +324,9 @@ def arguments_of(module: nn.Module) -> list[str]:
     return [n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind < 3][1:]
 
 
-def replace(model: nn.Module, path: str, kind: str, returns: Sequence[str | None] | None) -> None:
+def replace(
+    model: nn.Module, path: str, kind: str, returns: Sequence[str | None] | None, cache: int | None = None
+) -> None:
     """Put `Removed` in the place of a module.
 
     Args:
@@ -318,12 +334,13 @@ def replace(model: nn.Module, path: str, kind: str, returns: Sequence[str | None
         path: of the module.
         kind: "layer" or "branch".
         returns: as for `Removed`.
+        cache: as for `Removed`.
     """
     old = part(model, path)
     parent, _, name = path.rpartition(".")
     if old is None or not path:
         raise ValueError(f"{type(model).__name__} has no module {path!r}.")
-    stub = Removed(kind, returns, arguments_of(old))
+    stub = Removed(kind, returns, arguments_of(old), cache)
     for attribute, value in vars(old).items():  # models read from their layers as they run (a kind of mask, say)
         if type(value) in (str, bool, int) and attribute[0] != "_" and not hasattr(stub, attribute):
             setattr(stub, attribute, value)
@@ -497,7 +514,10 @@ def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
                 raise ValueError(f"hf_cka.narrowed: {type(model).__name__} has no module {path!r}.")
             narrow(layer, entry, numbers(kept, members))
     for entry in structure.get("removed") or ():
-        replace(model, resolve(entry["module"]), entry["kind"], entry["returns"])
+        cache = entry.get("cache")
+        if cache is not None and not (type(cache) is int and 0 <= cache < 10_000):
+            raise ValueError(f"hf_cka.removed: cache is {cache!r}; a layer number is needed.")
+        replace(model, resolve(entry["module"]), entry["kind"], entry["returns"], cache)
     uncached_text(model.config, structure.get("uncached") or ())
     plain_experts(model)
     retie(model)

@@ -251,7 +251,12 @@ def _structure(
         return {}
     order = {layer.path: i for stack in base.values() for i, layer in enumerate(stack.layers)}
     removed_now.sort(key=lambda e: (order.get(e["module"], -1), e["module"]))
-    uncached = [i for stack in base.values() if stack.causal for i in _uncached(stack, gone, shortened, model)]
+    decoders = [stack for stack in base.values() if stack.causal]
+    if getattr(model.config, "is_encoder_decoder", False):  # their caches cannot leave a layer out
+        counts = {path: i for stack in decoders for path, i in _counting(stack, gone, shortened, model)}
+        removed_now = [e | ({"cache": counts[e["module"]]} if e["module"] in counts else {}) for e in removed_now]
+        decoders = []
+    uncached = [i for stack in decoders for i in _uncached(stack, gone, shortened, model)]
     found: dict[str, Any] = {"version": code.VERSION, "removed": removed_now, "narrowed": list(entries.values())}
     return found | ({"uncached": uncached} if uncached else {})
 
@@ -260,19 +265,34 @@ def _uncached(
     stack: Stack, gone: Mapping[str, Any], shortened: Mapping[str, Sequence[int]], model: Any
 ) -> Iterator[int]:
     """Layers of a decoder that store no keys and values any more."""
-    if not getattr(model, "can_generate", lambda: True)() and model.config.is_encoder_decoder:
-        return
+    new = _renames(model, shortened)
+    for layer in stack.layers:
+        path = new(layer.path)
+        attention = [b for b in layer.branches if b.kind in ("attention", "cross_attention")]
+        silent = [b for b in attention if any(f"{layer.path}.{m}" in gone for m, _ in b.modules)]
+        if path is not None and (layer.path in gone or (attention and len(silent) == len(attention))):
+            yield from _number(path)
+
+
+def _counting(
+    stack: Stack, gone: Mapping[str, Any], shortened: Mapping[str, Sequence[int]], model: Any
+) -> Iterator[tuple[str, int]]:
+    """Stand-ins in the decoder of an encoder-decoder that count positions where self-attention did, and their layer."""
     new = _renames(model, shortened)
     for layer in stack.layers:
         path = new(layer.path)
         if path is None:
             continue
-        attention = [b for b in layer.branches if b.kind in ("attention", "cross_attention")]
-        silent = [b for b in attention if any(f"{layer.path}.{m}" in gone for m, _ in b.modules)]
-        if layer.path in gone or (attention and len(silent) == len(attention)):
-            number = path.rpartition(".")[2]
-            if number.isdecimal():
-                yield int(number)
+        attention = [f"{layer.path}.{b.module}" for b in layer.branches if b.kind == "attention"]
+        for there in (layer.path, *attention):
+            if there in gone:
+                yield from ((new(there), number) for number in _number(path))
+
+
+def _number(path: str) -> Iterator[int]:
+    number = path.rpartition(".")[2]
+    if number.isdecimal():
+        yield int(number)
 
 
 def _renames(model: Any, shortened: Mapping[str, Sequence[int]]) -> Any:
@@ -328,6 +348,7 @@ def pruned_config(dense: Any, structure: Mapping[str, Any]) -> Any:
     """
     config = copy.deepcopy(dense)
     config.__class__ = code.config_class(dense.model_type)
+    config.__dict__.pop("model_type", None)  # some configs hold a copy of what their class says
     config.base_model_type = dense.model_type
     config.auto_map = code.auto_map(dense.model_type)
     config.hf_cka = dict(structure)

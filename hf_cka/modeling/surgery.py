@@ -90,6 +90,8 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     model.config.pruning["parameters_after"] = _num_parameters(model)
     stock = getattr(type(model), "stock_class", type(model))
     code.become(model, code.model_class(stock, type(model.config).stock_class) if target.structure else stock)
+    for entry in target.structure.get("removed") or ():
+        code.part(model, entry["module"]).cache = entry.get("cache")
     code.uncached_text(model.config, target.structure.get("uncached") or ())
     code.plain_experts(model)
     code.retie(model)
