@@ -184,7 +184,8 @@ def _branch(bench: Bench, calls: Sequence[Call], path: str, dead: frozenset[str]
     called = {call.path: call for call in calls}
     modules = tuple((g, form_of(layer.get_submodule(g), called[g])) for g in gone if g in called)
     parameters = tuple(n for n in bench.parameters if any(n.startswith(f"{g}.") for g in gone))
-    return Branch("", path, modules, parameters, type(layer.get_submodule(path)).__name__)
+    largest = max(gone, key=lambda g: sum(p.numel() for p in layer.get_submodule(g).parameters()), default=path)
+    return Branch("", path, modules, parameters, type(layer.get_submodule(largest)).__name__)
 
 
 def _named(bench: Bench, branches: Sequence[Branch]) -> list[Branch]:

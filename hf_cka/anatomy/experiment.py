@@ -267,7 +267,8 @@ def _proven_branch(twin: Twin, branch: Branch, paths: Sequence[str]) -> Branch:
 
 def _proven_width(twin: Twin, width: Width, paths: Sequence[str]) -> Width:
     places = []
-    if any(f"{path}.{s.module}" in twin.exchanged for path in paths for s in width.slices):
+    within = {f"{path}.{s.module}." for path in paths for s in width.slices}
+    if any(name.startswith(f"{module}.") for module in twin.exchanged for name in within):
         return replace(width, reason="the model builds their module anew, from its config, as it runs")
     for path in paths:
         holder, _, name = path.rpartition(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,39 +156,56 @@ class Anatomy:
             intermediate_size=units.members if units else 0,
         )
 
-    def table(self) -> str:
-        """Stacks, layers, branches and widths, what can be removed and why not where not, as text."""
+    def alike(self) -> list[list[int]]:
+        """Indices of the layers of the stack, in runs of layers that differ in nothing but their names."""
+        runs: list[list[int]] = []
+        for i, layer in enumerate(self.stack.layers):
+            before = self.stack.layers[runs[-1][0]] if runs else None
+            if before is not None and replace(before, path="") == replace(layer, path=""):
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return runs
+
+    def table(self, rungs: Mapping[str, str] | None = None) -> str:
+        """Stacks, layers, branches and widths, what can be removed and why not where not, as text.
+
+        Args:
+            rungs: what `hf_cka.modeling.rungs_of` found, to say beside each part which classes a checkpoint without
+                it needs.
+        """
         lines = [f"{type(self.model).__name__} ({self.model_type}), tried on {', '.join(self.findings.inputs) or 'nothing'}"]
         for stack in self.stacks:
             mark = "  (default)" if stack.path == self.stack.path else ""
             mark += "  (text alone does not reach it)" if stack.optional else ""
             lines.append(f"\n{stack.path}: {len(stack.layers)} layers, {stack.kind}, {stack.parameters:,} parameters{mark}")
-            lines += _rows(stack.layers)
+            lines += _rows(self.on(stack.path), rungs or {})
         lines += [f"\nnot seen: {name} (no input of the experiment reached it)" for name in self.findings.unseen]
         lines += [f"\n{note}" for note in self.findings.notes]
         return "\n".join(lines)
 
 
-def _rows(layers: Iterable[Layer]) -> list[str]:
+def _rows(on: Anatomy, rungs: Mapping[str, str]) -> list[str]:
     """One line per run of layers that are alike."""
-    runs: list[tuple[list[str], Layer]] = []
-    for layer in layers:
-        name = layer.path.rpartition(".")[2]
-        if runs and replace(runs[-1][1], path="") == replace(layer, path=""):
-            runs[-1][0].append(name)
-        else:
-            runs.append(([name], layer))
     lines = []
-    for names, layer in runs:
-        which = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
-        lines.append(f"  layer {which}: " + (f"stays ({layer.reason})" if layer.reason else "removable"))
+    for alike in on.alike():
+        layer = on.stack.layers[alike[0]]
+        names = [on.layer_name(i).rpartition(".")[2] for i in (alike[0], alike[-1])]
+
+        def state(reason: str, key: str) -> str:
+            rung = rungs.get(key, "")
+            return f"stays ({reason})" if reason else "removable" + (f" [{rung}]" if rung else "")
+
+        which = names[0] if len(alike) == 1 else "-".join(names)
+        lines.append(f"  layer {which}: {state(layer.reason, layer.path)}")
         for branch in layer.branches:
-            state = f"stays ({branch.reason})" if branch.reason else "is the layer" if layer.single else "removable"
-            lines.append(f"    {branch.name} ({branch.label}): {state}")
+            told = "is the layer" if layer.single else state(branch.reason, f"{layer.path}/{branch.name}")
+            lines.append(f"    {branch.name} ({branch.label}): {told}")
             for width in layer.widths:
                 if width.branch == branch.name:
-                    note = f"stay ({width.reason})" if width.reason else "" if width.exact else "a norm spans them"
-                    lines.append(f"      {width.name}: {width.members}" + (f", {note}" if note else ""))
+                    rung = rungs.get(f"{layer.path}/{width.name}", "")
+                    notes = [f"stay ({width.reason})"] if width.reason else [] if width.exact else ["a norm spans them"]
+                    lines.append(f"      {', '.join([f'{width.name}: {width.members}', *notes])}" + f" [{rung}]" * bool(rung))
     return lines
 
 

@@ -206,7 +206,8 @@ class Stack:
     @property
     def rank(self) -> tuple[bool, bool, int]:
         """What puts a stack before another: that it can be taken apart, that any input reaches it, its size."""
-        return all(layer.reason for layer in self.layers), self.optional, -self.parameters
+        stays = len(self.layers) == 1 or all(layer.reason for layer in self.layers)
+        return stays, self.optional, -self.parameters
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,20 @@ def anatomy_command(
 ) -> None:
     """Show stacks, layers, branches and widths of a model, what can be removed, and why not where not.
 
+    In brackets: who can load a checkpoint without that part (or, for widths, with one member less in every layer):
+    [stock] transformers alone, [relabel] transformers alone as another family, [hf_cka] this package or the file that
+    travels with the checkpoint.
+
     Example: hf-cka anatomy HuggingFaceTB/SmolLM2-135M
     """
     from hf_cka.anatomy import find_anatomy
     from hf_cka.modeling.loading import skeleton
+    from hf_cka.modeling.rungs import rungs_of
 
     anatomy = find_anatomy(skeleton(model), stack)
+    rungs = rungs_of(anatomy)
     if as_json:
-        found = asdict(anatomy.findings) | {"default": anatomy.layers_path, "model_type": anatomy.model_type}
-        typer.echo(json.dumps(found))
+        about = {"default": anatomy.layers_path, "model_type": anatomy.model_type, "rungs": rungs}
+        typer.echo(json.dumps(asdict(anatomy.findings) | about))
     else:
-        typer.echo(anatomy.table())
+        typer.echo(anatomy.table(rungs))

@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_adapter": "adapters",
     "load_pruned": "checkpoint",
     "rung_of": "structure",
+    "rungs_of": "rungs",
     "save_pruned": "checkpoint",
     "translate_adapter": "adapters",
     "verify": "verification",

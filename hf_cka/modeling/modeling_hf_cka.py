@@ -19,6 +19,7 @@ it is a list. An input is a module, an argument, an axis of it, and how many ind
 """
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,17 @@ class Removed(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.returns, self.arguments, self.cache = kind, returns, tuple(arguments), cache
+        self.was: tuple[nn.Module, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer what the module that was here knew (a kind of mask), with tensors that hold nothing.
+
+        Models read from their layers as they run, and set up buffers of all layers when they are loaded.
+        """
+        was = self.__dict__.get("was")
+        if not was or name.startswith("__") or name in self._modules:
+            return super().__getattr__(name)
+        return getattr(was[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
@@ -341,14 +353,24 @@ def replace(
     if old is None or not path:
         raise ValueError(f"{type(model).__name__} has no module {path!r}.")
     stub = Removed(kind, returns, arguments_of(old), cache)
-    for attribute, value in vars(old).items():  # models read from their layers as they run (a kind of mask, say)
-        if type(value) in (str, bool, int) and attribute[0] != "_" and not hasattr(stub, attribute):
-            setattr(stub, attribute, value)
+    stub.was = (_emptied(old),)
     holder = part(model, parent)
     if name in holder._modules:
         holder._modules[name] = stub
     else:
         setattr(holder, name, stub)
+
+
+def _emptied(module: nn.Module) -> nn.Module:
+    """A copy of a module whose tensors have no storage."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    for inside in module.modules():  # the config is shared by all
+        if getattr(inside, "config", None) is not None:
+            memo[id(inside.config)] = inside.config
+    return copy.deepcopy(module, memo)
 
 
 # ---- the config ----
@@ -481,6 +503,11 @@ class PrunedModelMixin:
         with _as_dense(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         apply_structure(self, getattr(config, "hf_cka", None) or {})
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Stock code that needs its own initialization of buffers, which transformers skips for other code."""
+        return False
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Which parameters are one: of those that are left, where layers that shared some were removed."""
