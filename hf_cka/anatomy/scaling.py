@@ -41,8 +41,13 @@ def _width(width: Width, small: nn.Module, large: nn.Module) -> Width:
     if output.parameter not in real:
         return replace(width, reason="its parameters are stored in another way than the class declares")
     before, after = sizes[output.parameter][output.axis], real[output.parameter][output.axis]
-    # of heads there are as many, each wider; of units there are more
-    members = width.members if output.block > 1 else after // output.block
+    # of heads there are as many, each wider (and counted so, where the twin's are one wide); of units there are more
+    counted = any(
+        _value(small, path, name) == _value(large, path, name) == width.members
+        for path, name, _, positions in width.attributes
+        if positions is None
+    )
+    members = width.members if output.block > 1 or counted else after // output.block
     ratio = after // before
     slices = []
     for s in width.slices:
