@@ -30,6 +30,9 @@ _COUNT = re.compile(r"expert|^n$|^e$")
 _CHOSEN = re.compile(r"per_tok|top_?k|(^|_)k$|shared|group|zero|capacity|size|dim")
 _GROUPS = re.compile(r"group")
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "einsum", "__rmatmul__"})
+_UNROUTED = "no router was found that has one row for each of them"
+_UNREACHED = "no input of the experiment reached them"
+_APART = "each is a module of its own, and no part of one parameter"
 # Numbers of modules that may follow besides those whose names say so.
 _LOOKED_AT = 6
 
@@ -73,10 +76,25 @@ def find_experts(bench: Bench, branches: Sequence[Branch], tolerance: float) -> 
             experts = _routed(bench, block, stacked, members, tolerance)
             if experts is None:
                 if "expert" in " ".join(stacked).lower():
-                    found.append(_unrouted(stacked, members, branch.name))
+                    reached = any(bool((bench.base[n] != 0).any()) for n in stacked)
+                    found.append(_staying(stacked, members, branch.name, _UNROUTED if reached else _UNREACHED))
                 continue
             found.append(replace(_completed(bench, experts, tolerance), branch=branch.name))
+    for path, members in _modules(bench.layer):
+        names = tuple(n for n in bench.parameters if n.startswith(f"{path}."))
+        branch = next((b for b in branches if set(names) & set(b.parameters)), None)
+        if branch is not None:
+            found.append(_staying(names[:1], members, branch.name, _APART))
     return found
+
+
+def _modules(layer: nn.Module) -> Iterator[tuple[str, int]]:
+    """Containers of experts that are modules of their own, and how many they hold."""
+    for path, module in layer.named_modules():
+        children = list(module.children())
+        named = path.rpartition(".")[2].endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if named and len(children) > 1 and len({type(c) for c in children}) == 1:
+            yield path, len(children)
 
 
 def _stacks(layer: nn.Module) -> Iterator[tuple[str, tuple[str, ...], int]]:
@@ -98,10 +116,9 @@ def _stacks(layer: nn.Module) -> Iterator[tuple[str, tuple[str, ...], int]]:
             yield block, tuple(names), members
 
 
-def _unrouted(stacked: Sequence[str], members: int, branch: str) -> Width:
-    output = Slice(stacked[0], 0, ((0, 1),))
-    reason = "no router was found that has one row for each of them"
-    return Width("experts", branch, members, tuple(Slice(n, 0, ((0, 1),)) for n in stacked), output, reason=reason)
+def _staying(names: Sequence[str], members: int, branch: str, reason: str) -> Width:
+    output = Slice(names[0], 0, ((0, 1),))
+    return Width("experts", branch, members, tuple(Slice(n, 0, ((0, 1),)) for n in names), output, reason=reason)
 
 
 # ---- what belongs to them ----

@@ -231,6 +231,22 @@ def plain_experts(model: Any) -> bool:
     return odd
 
 
+def count_experts(model: Any) -> None:
+    """Let the number that the balancing loss of a whole model reads follow its experts, where all layers have as many.
+
+    Args:
+        model: changed in place where it has such a number.
+    """
+    counts = {
+        m.num_experts
+        for m in model.modules()
+        if m is not model and type(getattr(m, "num_experts", None)) is int
+        if any(p is not None and p.ndim == 3 for p in m._parameters.values())
+    }
+    if type(getattr(model, "num_experts", None)) is int and len(counts) == 1:
+        (model.num_experts,) = counts
+
+
 def part(module: Any, path: str) -> Any:
     """`module.a.b.0` by dotted path, or None; "" is the module itself."""
     for name in filter(None, path.split(".")):
@@ -499,6 +515,7 @@ def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
     for entry in structure.get("removed") or ():
         replace(model, resolve(entry["module"]), entry["kind"], entry["returns"])
     uncached_text(model.config, structure.get("uncached") or ())
+    count_experts(model)
     plain_experts(model)
     retie(model)
 

@@ -91,6 +91,7 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     stock = getattr(type(model), "stock_class", type(model))
     code.become(model, code.model_class(stock, type(model.config).stock_class) if target.structure else stock)
     code.uncached_text(model.config, target.structure.get("uncached") or ())
+    code.count_experts(model)
     code.plain_experts(model)
     code.retie(model)
     remember(type(model), model.config, left)
