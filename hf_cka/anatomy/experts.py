@@ -133,21 +133,24 @@ def _routed(bench: Bench, block: str, stacked: tuple[str, ...], members: int, to
     """The router of some experts: permuted with them, it leaves the output as it is."""
     tensors = tensors_of_layer(bench.layer)
     inside = {n: t for n, t in tensors.items() if n.startswith(f"{block}." if block else "") and n not in stacked}
-    order = torch.arange(members).roll(1)
+    around = bench.layer.get_submodule(block)
+    groups = {g for module in around.modules() for _, g in _groups_in(module, members)}
     with torch.no_grad():
         want = bench.run()[:1]
-        with _permuted([(tensors[n], 0) for n in stacked], order):
-            if distance(want, bench.run()[:1]) <= tolerance:
-                return None  # it does not matter which is which: these are no experts
-        for exact in (True, False):
-            for router, axis in _matrices(inside, members, exact):
-                vectors = _vectors(inside, router, block, inside[router].shape[axis])
-                for beside in _subsets(vectors):
-                    experts = _Experts((router, axis), beside, stacked, members)
-                    with _permuted([(tensors[n], a) for n, a in experts.places], order):
-                        far = distance(want, bench.run()[:1])
-                    if far <= tolerance:
-                        return experts
+        for step in (1, *sorted({members // g for g in groups})):  # whole groups, where the router chooses among them
+            order = torch.arange(members).roll(step)
+            with _permuted([(tensors[n], 0) for n in stacked], order):
+                if distance(want, bench.run()[:1]) <= tolerance:
+                    return None  # it does not matter which is which: these are no experts
+            for exact in (True, False):
+                for router, axis in _matrices(inside, members, exact):
+                    vectors = _vectors(inside, router, block, inside[router].shape[axis])
+                    for beside in _subsets(vectors):
+                        experts = _Experts((router, axis), beside, stacked, members)
+                        with _permuted([(tensors[n], a) for n, a in experts.places], order):
+                            far = distance(want, bench.run()[:1])
+                        if far <= tolerance:
+                            return experts
     return None
 
 
@@ -276,10 +279,15 @@ def _groups(layer: nn.Module, experts: _Experts) -> list[tuple[tuple[str, str], 
     return [
         ((path, name), value)
         for path in _owners(experts)
-        for name, value in vars(layer.get_submodule(path)).items()
-        if type(value) is int and 1 < value < experts.members and experts.members % value == 0
-        if _GROUPS.search(name) and not name.startswith("topk")
+        for name, value in _groups_in(layer.get_submodule(path), experts.members)
     ]
+
+
+def _groups_in(module: nn.Module, members: int) -> Iterator[tuple[str, int]]:
+    for name, value in vars(module).items():
+        if type(value) is int and 1 < value < members and members % value == 0 and _GROUPS.search(name):
+            if not name.startswith("topk"):
+                yield name, value
 
 
 def _with_least(bench: Bench, width: Width, tolerance: float) -> Width:
