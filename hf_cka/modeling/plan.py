@@ -461,10 +461,10 @@ class PruningPlan:
                 wrong = [k for k in kept if not 0 <= k < width.members]
                 raise ValueError(f"{field}[{index}] names {wrong[:5]}, but layer {index} has {width.members} {members}.")
             if len(kept) < width.least:
+                what = members if width.output.block == 1 else f"groups of {width.output.block} {members}"
                 raise ValueError(
-                    f"{field}[{index}] keeps {len(kept)} of {width.members} {members}, but {width.least} must stay in "
-                    f"layer {index}"
-                    + (": its router sends every token to that many." if width.kind == "experts" else ".")
+                    f"{field}[{index}] keeps {len(kept)} of {width.members} {what}, but {width.least} must stay in "
+                    f"layer {index}: its router sends every token to that many."
                 )
 
     def _check_mixing(self, anatomy: Anatomy) -> None:
