@@ -224,7 +224,10 @@ def plain_experts(model: Any) -> bool:
         Whether some did.
     """
     odd = any(
-        p.ndim == 3 and p.is_floating_point() and p.shape[-1] * p.element_size() % 16 for p in model.parameters()
+        p.ndim == 3 and p.is_floating_point() and p.shape[-1] * p.element_size() % 16
+        for m in model.modules()
+        if not isinstance(m, nn.modules.conv._ConvNd)
+        for p in m.parameters(recurse=False)
     )
     if odd and getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("eager")
