@@ -101,7 +101,7 @@ def _stacks(layer: nn.Module) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """(module around them, names of parameters that lie expert by expert, how many experts)."""
     groups: dict[str, list[str]] = {}
     for path, module in layer.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False)}
+        own = dict(module.named_parameters(recurse=False))
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)) or not any(p.ndim == 3 for p in own.values()):
             continue
         if not path:
@@ -239,7 +239,7 @@ def _attempts(layer: nn.Module, experts: _Experts) -> Iterator[tuple[tuple[str, 
     for path in _owners(experts):
         module = layer.get_submodule(path)
         for name, value in vars(module).items():
-            if type(value) is not int or value < experts.members or name.startswith("_") or isinstance(module, nn.Linear):
+            if type(value) is not int or value < experts.members or isinstance(module, nn.Linear):
                 continue
             named = bool(_COUNT.search(name)) and not _CHOSEN.search(name)
             if named and value in _sizes(layer, experts):
@@ -285,9 +285,9 @@ def _groups(layer: nn.Module, experts: _Experts) -> list[tuple[tuple[str, str], 
 
 def _groups_in(module: nn.Module, members: int) -> Iterator[tuple[str, int]]:
     for name, value in vars(module).items():
-        if type(value) is int and 1 < value < members and members % value == 0 and _GROUPS.search(name):
-            if not name.startswith("topk"):
-                yield name, value
+        named = _GROUPS.search(name) and not name.startswith("topk")
+        if named and type(value) is int and 1 < value < members and members % value == 0:
+            yield name, value
 
 
 def _with_least(bench: Bench, width: Width, tolerance: float) -> Width:
@@ -310,14 +310,12 @@ def _fits(bench: Bench, width: Width, kept: Sequence[int], tolerance: float) -> 
         code.narrow(layer, width.data(), list(kept))
         with torch.no_grad():
             made = twin.run()[:1]
-            return any(
-                distance(bench_run(bench, width, kept, beside), made) <= tolerance for beside in (True, False)
-            )
+            return any(distance(_unpicked(bench, width, kept, beside), made) <= tolerance for beside in (True, False))
     except Exception:
         return False
 
 
-def bench_run(bench: Bench, width: Width, kept: Sequence[int], beside: bool) -> list[torch.Tensor]:
+def _unpicked(bench: Bench, width: Width, kept: Sequence[int], beside: bool) -> list[torch.Tensor]:
     """The main output of the dense layer of which some experts are never picked."""
     gone = [m for m in range(width.members) if m not in set(kept)]
     with never_picked(bench.layer, width, gone, beside):
@@ -364,7 +362,8 @@ class _Unpicked(TorchFunctionMode):
     def __init__(self, weight: torch.Tensor, size: int, gone: Sequence[int]) -> None:
         super().__init__()
         self.size, self.gone = size, list(gone)
-        self.weights = [weight]  # and what is made of it before it is multiplied; held, so that its memory stays its own
+        # and what is made of it before it is multiplied; held, so that no other tensor takes its place in memory
+        self.weights = [weight]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -449,8 +449,8 @@ class PruningPlan:
 
     def _check_width(self, anatomy: Anatomy, name: str, table: Mapping[int, tuple[int, ...]]) -> None:
         words = {"heads": ("kept_groups", "attention", "KV groups"), "units": ("kept_units", "mlp", "MLP units")}
-        kind = name.partition(":")[0]
-        field, branch, members = words.get(name, (f"kept[{name!r}]", name, "experts" if kind == "experts" else "members"))
+        members = "experts" if name.partition(":")[0] == "experts" else "members"
+        field, branch, members = words.get(name, (f"kept[{name!r}]", name, members))
         for index, kept in table.items():
             width = anatomy.stack.layers[index].width(name)
             if width is None:

@@ -486,10 +486,12 @@ def _uniform(
         expected = _shapes(built)
     except Exception:
         return None
-    counts = [{len(code.numbers(t, entry["members"])) for t in entry["kept"].values()} for entry in structure["narrowed"]]
-    if any(len(some) != 1 for some in counts):
-        return None
-    found = [(entry, count) for entry, (count,) in zip(structure["narrowed"], counts, strict=True)]
+    found = []
+    for entry in structure["narrowed"]:
+        counts = {len(code.numbers(text, entry["members"])) for text in entry["kept"].values()}
+        if len(counts) != 1:
+            return None
+        found.append((entry, counts.pop()))
     ways = [_ways(dense, entry, count) for entry, count in found]
     for chosen in itertools.product(*ways):
         config = copy.deepcopy(dense)

@@ -260,7 +260,7 @@ def _left(on: Anatomy, index: int, layer: _Layer, plan: PruningPlan | None) -> d
 
 def _share_of_experts(on: Anatomy, index: int, plan: PruningPlan | None) -> dict[str, float]:
     """By how much more often each parameter of experts is used once there are fewer: a token goes through as many."""
-    found = {}
+    found: dict[str, float] = {}
     for name, table in plan.kept.items() if plan is not None else ():
         width = on.stack.layers[index].width(name) if index in table else None
         if width is not None and width.kind == "experts":

@@ -198,7 +198,8 @@ def _most(anatomy: Anatomy, config: PruningConfig) -> int:
     take_groups, take_units = WIDTHS[choice.settings.structures]
     sizes = choice.parameters.sizes
     return sum(
-        part.group * max(0, groups - config.width.min_groups) * take_groups + part.unit * max(0, units - part.least) * take_units
+        part.group * max(0, groups - config.width.min_groups) * take_groups
+        + part.unit * max(0, units - part.least) * take_units
         for part, groups, units in zip(choice.parameters.layers, sizes.kv_groups, sizes.units, strict=True)
     )
 

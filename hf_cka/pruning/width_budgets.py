@@ -166,7 +166,8 @@ def width_step(
     if budget < 0 or gone_groups > spare or (take_units and gone_units > units - fewest):
         raise ValueError(
             f"Cannot remove {budget:,} parameters (structures={structures!r}) at equal widths: between 0 and {most:,} "
-            f"({most / parameters.total:.1%} of all) can go, while {_fewest_in_words(settings, fewest)} stay per layer."
+            f"({most / parameters.total:.1%} of all) can go, while {_fewest_in_words(settings, fewest)} stay per "
+            "layer."
         )
     kept = _rounded(units - gone_units, units, settings, fewest) if take_units else units
     sizes = WidthSizes(

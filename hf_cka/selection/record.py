@@ -146,7 +146,7 @@ class LayerSelection:
         """
         names = self._experts()
         if not names:
-            raise ValueError(f"The chosen layers of this {self.model_type!r} have no experts that lie in one parameter.")
+            raise ValueError(f"The chosen layers of this {self.model_type!r} have no experts (in one parameter).")
         return names
 
     def _experts(self) -> list[str]:

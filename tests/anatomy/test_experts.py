@@ -29,7 +29,10 @@ TYPES = {
     "llama4_text": ({**TWO, "moe_layers": [0, 1]}, (4, 2, True)),  # every expert sees every token, times its weight
     "ernie4_5_moe": ({"moe_num_experts": 4}, (4, 2, True)),  # a correction with an axis too many
     "phimoe": ({}, (4, 2, True)),  # one choice after the other
-    "lfm2_moe": ({"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}, (4, 2, True)),  # the correction belongs to the block
+    "lfm2_moe": (
+        {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+        (4, 2, True),
+    ),  # the correction belongs to the block
     "jetmoe": ({}, (4, 2, False)),  # two modules of experts; attention has experts too, of the same number
 }
 
@@ -166,6 +169,9 @@ def test_the_balancing_loss_counts_the_experts_that_are_left():
 def test_layers_that_keep_their_experts_say_why():
     apart = find_anatomy(world_model("switch_transformers", SEQ2SEQ, **SPARSE))
     widths = [w for stack in apart.stacks for layer in stack.layers for w in layer.widths if w.kind == "experts"]
-    assert widths and all("a module of its own" in w.reason for w in widths)
+    assert widths
+    assert all("a module of its own" in w.reason for w in widths)
     assert "a module of its own" in apart.table()
-    assert not any(w.kind == "experts" for layer in find_anatomy(tiny_model("llama")).stack.layers for w in layer.widths)
+    assert not any(
+        w.kind == "experts" for layer in find_anatomy(tiny_model("llama")).stack.layers for w in layer.widths
+    )

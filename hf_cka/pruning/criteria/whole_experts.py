@@ -24,7 +24,7 @@ from hf_cka.pruning.criteria.base import CriterionEntry, ScoringContext, WidthSc
 from hf_cka.pruning.criteria.groups import by_member
 from hf_cka.pruning.criteria.inputs import by_sample
 from hf_cka.pruning.criteria.outputs import probabilities
-from hf_cka.pruning.criteria.weights import values_of
+from hf_cka.pruning.criteria.weights import stored, values_of
 from hf_cka.pruning.criteria.width_output import prompt_mean
 from hf_cka.representations import check_runnable, evaluating, forward, num_rows, token_mask
 
@@ -188,14 +188,15 @@ class _Use:
         self.count, self.plain, self.weighted = (torch.zeros(width.members, dtype=torch.float64) for _ in range(3))
         self.tokens = 0
         self.batch: Batch = {}
-        paths = {s.module for s in width.slices[1:] if anatomy.layer(layer).get_parameter(s.parameter).ndim == 3}
-        self.path = next(iter(paths)) if len(paths) == 1 else ""
-        self.module: Any = anatomy.layer(layer).get_submodule(self.path) if self.path else None
-        self.arguments = list(inspect.signature(type(self.module).forward).parameters)[1:] if self.path else []
+        held = {s: stored(anatomy.layer(layer), s.parameter) for s in width.slices[1:]}
+        paths = {s.module for s, value in held.items() if value is not None and value.ndim == 3}
+        self.module: Any = anatomy.layer(layer).get_submodule(next(iter(paths))) if len(paths) == 1 else None
+        self.forward: Any = getattr(type(self.module), "forward", None)
+        self.arguments = list(inspect.signature(self.forward).parameters)[1:] if self.forward is not None else []
         if len(self.arguments) not in (1, 3):
             raise ValueError(
-                f"Layer {layer} of {type(anatomy.model).__name__} runs its experts in a way that does not show what each "
-                "of them adds. Use 'kl' (leave-one-out), 'magnitude' or 'random'."
+                f"Layer {layer} of {type(anatomy.model).__name__} runs its experts in a way that does not show what "
+                "each of them adds. Use 'kl' (leave-one-out), 'magnitude' or 'random'."
             )
 
     @contextmanager
@@ -225,7 +226,8 @@ class _Use:
             if len(rows):
                 gate = weights[rows, place if weights.shape == chosen.shape else torch.full_like(place, expert)]
                 only = torch.full((len(rows), 1), expert, dtype=chosen.dtype, device=chosen.device)
-                out = type(self.module).forward(self.module, hidden[rows], only, torch.ones_like(only, dtype=weights.dtype))
+                ones = torch.ones_like(only, dtype=weights.dtype)
+                out = self.forward(self.module, hidden[rows], only, ones)
                 self._add(expert, out, gate)
 
     def _spread(self, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -280,7 +282,10 @@ def _uses(context: ScoringContext) -> dict[int, _Use]:
 _ENTRIES = (
     CriterionEntry("reap", score_reap, "mean norm of what an expert adds to the tokens sent to it", "arXiv 2510.13999"),
     CriterionEntry(
-        "expert_norm", score_expert_norm, "how often an expert is picked times the norm of what it gives", "arXiv 2510.13999"
+        "expert_norm",
+        score_expert_norm,
+        "how often an expert is picked times the norm of what it gives",
+        "arXiv 2510.13999",
     ),
     CriterionEntry(
         "kl",
@@ -290,7 +295,11 @@ _ENTRIES = (
         needs_logits=True,
     ),
     CriterionEntry(
-        "magnitude", score_expert_magnitude, "L2 norm of all weights of the expert", "arXiv 2301.12900", needs_data=False
+        "magnitude",
+        score_expert_magnitude,
+        "L2 norm of all weights of the expert",
+        "arXiv 2301.12900",
+        needs_data=False,
     ),
     CriterionEntry("random", score_expert_random, "a seeded draw, the control", "", needs_data=False),
 )
