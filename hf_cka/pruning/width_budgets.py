@@ -33,7 +33,8 @@ class WidthSettings:
         rule: of the budget ``"uniform"``: see :func:`width_step`.
         multiple_of: round the units (or experts) that stay to a multiple of this.
         min_groups: KV groups that stay in every layer.
-        floor: part of every layer's units (or experts) that stays at least, under the budgets that differ between layers.
+        floor: part of every layer's units (or experts) that stays at least, under the budgets that differ between
+            layers.
         layer_importance: per layer, for the budget ``"importance"``.
         strength: of the budget ``"importance"``: 0 is uniform; at 1 the layer that is farthest from the mean
             importance loses nothing (or twice the mean share).
