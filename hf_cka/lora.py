@@ -70,13 +70,16 @@ class CKALoraConfig(LoraConfig):
         paper: reproduce the paper; see :func:`hf_cka.select_layers`.
         stack: where to choose; see :func:`hf_cka.select_layers`.
         selection_seed: of the criterion ``random``.
+        adapt_experts: adapt the experts of the chosen layers too, through PEFT's ``target_parameters``; by default
+            layers of experts are adapted in their attention and their shared experts.
         selection_file: use the selection in this file if it is there, else write it there. A script that is started
             again to resume training then adapts the same layers without measuring again.
         calibration: model-ready batches (for example :func:`hf_cka.calibration`), read once when the layers are
             chosen, never stored.
 
     Raises:
-        ValueError: if ``layers_to_transform`` or ``layers_pattern`` is given beside ``calibration``.
+        ValueError: if ``layers_to_transform`` or ``layers_pattern`` is given beside ``calibration``, or
+            ``target_parameters`` beside ``adapt_experts``.
 
     Example:
         >>> config = CKALoraConfig(r=8, calibration=[], keep_ratio=0.5)
@@ -90,6 +93,7 @@ class CKALoraConfig(LoraConfig):
     paper: bool = field(default=False, metadata={"help": "Reproduce arXiv 2602.05988."})
     stack: str | None = field(default=None, metadata={"help": "Which stack of layers to choose in."})
     selection_seed: int = field(default=0, metadata={"help": "Seed of the criterion 'random'."})
+    adapt_experts: bool = field(default=False, metadata={"help": "Adapt the experts of the chosen layers too."})
     selection_file: str | None = field(default=None, metadata={"help": "Where the selection is kept between runs."})
     calibration: InitVar[Iterable[Batch] | None] = None
 
@@ -104,6 +108,11 @@ class CKALoraConfig(LoraConfig):
             raise ValueError(
                 f"CKALoraConfig chooses the layers itself; remove layers_to_transform={self.layers_to_transform!r} "
                 f"and layers_pattern={self.layers_pattern!r}."
+            )
+        if self.adapt_experts and not named and self.target_parameters:
+            raise ValueError(
+                f"adapt_experts=True names the parameters of experts itself; remove target_parameters="
+                f"{self.target_parameters!r}, or leave adapt_experts out."
             )
         if not named:  # a copy of a finished config (dataclasses.replace) names its layers, and stays as it is
             _register()
@@ -172,12 +181,14 @@ class CKALoraConfig(LoraConfig):
                 stack=self.stack,
                 seed=self.selection_seed,
             )
-        chosen = selection.lora_kwargs(self._wanted)
+        chosen = selection.lora_kwargs(self._wanted, experts=self.adapt_experts)
         if self.selection_file is not None and not stored and is_main_process():
             selection.save(self.selection_file)
         self.target_modules = list(chosen["target_modules"])
         self.layers_to_transform = chosen.get("layers_to_transform")
         self.layers_pattern = chosen.get("layers_pattern")
+        if self.adapt_experts:
+            self.target_parameters = chosen["target_parameters"]
         self.peft_type = PeftType.LORA
         self._calibration = None
         self._selection = selection

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy.branches import Bench, find_branches, silenced
+from hf_cka.anatomy.experts import find_experts, why_not_proven
 from hf_cka.anatomy.parts import Branch, Findings, Layer, Stack, Width
 from hf_cka.anatomy.scaling import scaled
 from hf_cka.anatomy.stacks import (
@@ -86,9 +87,9 @@ def _stack(twin: Twin, found: Found) -> Stack:
         bench = benches[first] = Bench(model.get_submodule(first), found.calls[first])
         branches, single = find_branches(bench)
         branches = [_proven_branch(twin, b, some) for b in branches]
-        widths = [
-            _proven_width(twin, w, some) for w in (completed(bench, w, twin.tolerance) for w in find_widths(bench, branches, single, config))
-        ]
+        widths = [completed(bench, w, twin.tolerance) for w in find_widths(bench, branches, single, config)]
+        widths += find_experts(bench, branches, twin.tolerance)
+        widths = [_proven_width(twin, w, some) for w in widths]
         for path in paths:
             layers[path] = replace(
                 layers[path],
@@ -141,11 +142,12 @@ def _linears(layer: nn.Module, widths: Sequence[Width], model_type: str = "") ->
     found = [n for n, m in layer.named_modules() if n and _projects(m)]
     if model_type in _FUSED:
         found = [n for n in found if n.rpartition(".")[2] not in _READ_NOT_CALLED]
-    inside = {s.module for w in widths for s in w.slices}
+    inside = {s.module for w in widths for s in w.slices if w.kind != "experts"}
+    known = {w.output.module for w in widths if w.kind == "experts" and w.output.parameter.endswith(".weight")}
     experts = {n.rpartition(".")[0].rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim == 3 and n.count(".")}
     routers = {n for n in found if n.rpartition(".")[0] in experts and n not in inside and _ROUTER.search(n)}
     if found:
-        return tuple(n for n in found if n not in routers)
+        return tuple(n for n in found if n not in routers | known)
     return tuple(n for n, m in layer.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
 
 
@@ -273,7 +275,8 @@ def _proven_width(twin: Twin, width: Width, paths: Sequence[str]) -> Width:
     for path in paths:
         holder, _, name = path.rpartition(".")
         places.append((twin.model.get_submodule(holder), name))
-    return replace(width, reason=proven(width, places, lambda: tried(twin)))
+    why = why_not_proven if width.kind == "experts" else proven
+    return replace(width, reason=why(width, places, lambda: tried(twin)))
 
 
 def _by_shape(model: Any, why: str) -> Findings:

@@ -78,6 +78,7 @@ class Width:
         attributes: (module, attribute, what one member counts there, positions or None).
         inputs: (module, argument, axis, indices per member) of tensors that hold a slice per member.
         exact: whether removing members equals zeroing them; false where a norm's statistics span the width.
+        least: how many must stay at least: as many experts as a router picks.
         reason: why members cannot be removed; empty where they can.
     """
 
@@ -91,6 +92,7 @@ class Width:
     attributes: tuple[tuple[str, str, int, tuple[int, ...] | None], ...] = ()
     inputs: tuple[tuple[str, str, int, int], ...] = ()
     exact: bool = True
+    least: int = 1
     reason: str = ""
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_cka.anatomy.experts import tensors_of_layer
 from hf_cka.anatomy.parts import Findings, Layer, Segment, Slice, Width
 from hf_cka.anatomy.twin import Twin
 from hf_cka.modeling import modeling_hf_cka as code
@@ -35,8 +36,8 @@ def _layer(layer: Layer, twin: nn.Module, model: nn.Module) -> Layer:
 
 
 def _width(width: Width, small: nn.Module, large: nn.Module) -> Width:
-    sizes = {n: p.shape for n, p in small.named_parameters()}
-    real = {n.replace(".base_layer.", "."): p.shape for n, p in large.named_parameters()}
+    sizes = {n: p.shape for n, p in tensors_of_layer(small).items()}
+    real = {n.replace(".base_layer.", "."): p.shape for n, p in tensors_of_layer(large).items()}
     output = width.output
     if output.parameter not in real:
         return replace(width, reason="its parameters are stored in another way than the class declares")

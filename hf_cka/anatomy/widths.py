@@ -303,7 +303,7 @@ def named(widths: Sequence[Width], branches: Sequence[Branch]) -> tuple[Width, .
         branches: of that layer, for the order.
     """
     done: list[Width] = []
-    for kind in ("heads", "units"):
+    for kind in ("heads", "units", "experts"):
         own = sorted((w for w in widths if w.kind == kind), key=lambda w: bool(w.reason))
         for i, w in enumerate(own):
             done.append(w if i == 0 else replace(w, name=f"{kind}:{w.output.module or w.output.parameter}"))

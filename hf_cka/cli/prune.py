@@ -39,7 +39,7 @@ def prune_command(
     structures: Annotated[
         str | None, typer.Option(help="Of depth: layers (default), sublayers, attention or mlp.")
     ] = None,
-    widths: Annotated[str | None, typer.Option(help="Of width and mop: both (default), heads or units.")] = None,
+    widths: Annotated[str | None, typer.Option(help="Of width and mop: both (default), heads, units, experts.")] = None,
     multiple_of: Annotated[
         int | None, typer.Option(help="Round the MLP units that stay to a multiple; default: 1.")
     ] = None,

@@ -18,6 +18,7 @@ from hf_cka.anatomy import find_anatomy
 from hf_cka.data import public_name
 from hf_cka.modeling.probe import align
 from hf_cka.modeling.structure import Rung, relabelled_config, rung_of
+from hf_cka.modeling.surgery import widths_of
 from hf_cka.modeling.verification import Verification, inputs_for, verify_many
 
 SCORES_FILE = "pruning_scores.json"
@@ -255,17 +256,13 @@ class _pruning_record:
         revision = (
             record.get("base_revision") or old.get("base_revision") or getattr(model.config, "_commit_hash", None)
         )
-        sizes = [anatomy.sizes(i) for i in range(anatomy.num_layers)]
         new = {
             "format_version": 2,
             **old,
             **record,
             "base_model": base,
             "base_revision": revision,
-            "widths_after": {
-                "num_key_value_heads": [size.num_kv_heads for size in sizes],
-                "intermediate_size": [size.intermediate_size for size in sizes],
-            },
+            "widths_after": widths_of(anatomy),
             "parameters_after": sum(p.numel() for p in model.parameters()),
         }
         step = {

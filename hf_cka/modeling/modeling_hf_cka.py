@@ -250,11 +250,29 @@ def plain_experts(model: Any) -> bool:
     """
     odd = any(
         p.ndim == 3 and p.is_floating_point() and any(n * p.element_size() % 16 for n in p.shape[1:])
-        for p in model.parameters()
+        for m in model.modules()
+        if not isinstance(m, nn.modules.conv._ConvNd)
+        for p in m.parameters(recurse=False)
     )
     if odd and getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("eager")
     return odd
+
+
+def count_experts(model: Any) -> None:
+    """Let the number that the balancing loss of a whole model reads follow its experts, where all layers have as many.
+
+    Args:
+        model: changed in place where it has such a number.
+    """
+    counts = {
+        m.num_experts
+        for m in model.modules()
+        if m is not model and type(getattr(m, "num_experts", None)) is int
+        if any(p is not None and p.ndim == 3 for p in m._parameters.values())
+    }
+    if type(getattr(model, "num_experts", None)) is int and len(counts) == 1:
+        (model.num_experts,) = counts
 
 
 def part(module: Any, path: str) -> Any:
@@ -546,6 +564,7 @@ def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
             raise ValueError(f"hf_cka.removed: cache is {cache!r}; a layer number is needed.")
         replace(model, resolve(entry["module"]), entry["kind"], entry["returns"], cache)
     uncached_text(model.config, structure.get("uncached") or ())
+    count_experts(model)
     plain_experts(model)
     retie(model)
 

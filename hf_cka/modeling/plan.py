@@ -65,7 +65,7 @@ class PruningPlan:
             channels of a mixer without heads. Layers that are not named keep all.
         kept_units: layer -> MLP units it keeps. Layers that are not named keep all.
         removed_branches: branch ("cross_attention", "mlp:ffn2") -> layers that lose it.
-        kept: width ("heads:encoder_attn.out_proj") -> layer -> members it keeps.
+        kept: width ("experts", "heads:encoder_attn.out_proj") -> layer -> members it keeps.
         stack: path of the stack; "" for the only one, or the one with most parameters.
         others: plans for further stacks of the same model.
 
@@ -143,11 +143,12 @@ class PruningPlan:
             twice = sorted(set(self.removed_layers) & set(layers)) if name != "removed_layers" else []
             if twice:
                 raise ValueError(f"Layers {twice} are in removed_layers and in {name}; name each in one of them.")
-        for branch, width in (("attention", "heads"), ("mlp", "units")):
+        for branch, width in (("attention", "heads"), ("mlp", "units"), ("mlp", "experts")):
             twice = sorted(set(self.removed_branches.get(branch, ())) & set(self.kept.get(width, {})))
             if twice:
                 names = {v: k for k, v in (_BRANCHES | _WIDTHS).items()}
-                raise ValueError(f"Layers {twice} are in {names[branch]} and in {names[width]}; name each in one of them.")
+                other = names.get(width, f"kept[{width!r}]")
+                raise ValueError(f"Layers {twice} are in {names[branch]} and in {other}; name each in one of them.")
         if len(self.removed_layers) == self.num_layers:
             raise ValueError(f"The plan removes all {self.num_layers} layers; at least one must stay.")
         for name, table in self.kept.items():
@@ -342,7 +343,8 @@ class PruningPlan:
                         f"{len(before)} left."
                     )
                 table[layers[index]] = kept if before is None else tuple(before[k] for k in kept)
-        without = {"heads": removed.get("attention", set()), "units": removed.get("mlp", set())}
+        without = {"heads": removed.get("attention", set())}
+        without |= dict.fromkeys(("units", "experts"), removed.get("mlp", set()))
         return PruningPlan(
             num_layers=self.num_layers,
             model_type=self.model_type,
@@ -447,7 +449,8 @@ class PruningPlan:
 
     def _check_width(self, anatomy: Anatomy, name: str, table: Mapping[int, tuple[int, ...]]) -> None:
         words = {"heads": ("kept_groups", "attention", "KV groups"), "units": ("kept_units", "mlp", "MLP units")}
-        field, branch, members = words.get(name, (f"kept[{name!r}]", name, "members"))
+        members = "experts" if name.partition(":")[0] == "experts" else "members"
+        field, branch, members = words.get(name, (f"kept[{name!r}]", name, members))
         for index, kept in table.items():
             width = anatomy.stack.layers[index].width(name)
             if width is None:
@@ -457,6 +460,12 @@ class PruningPlan:
             if kept[0] < 0 or kept[-1] >= width.members:
                 wrong = [k for k in kept if not 0 <= k < width.members]
                 raise ValueError(f"{field}[{index}] names {wrong[:5]}, but layer {index} has {width.members} {members}.")
+            if len(kept) < width.least:
+                what = members if width.output.block == 1 else f"groups of {width.output.block} {members}"
+                raise ValueError(
+                    f"{field}[{index}] keeps {len(kept)} of {width.members} {what}, but {width.least} must stay in "
+                    f"layer {index}: its router sends every token to that many."
+                )
 
     def _check_mixing(self, anatomy: Anatomy) -> None:
         layers = anatomy.stack.layers

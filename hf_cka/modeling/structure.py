@@ -26,6 +26,8 @@ _LEADING = ("max_window_layers", "first_k_dense_replace")
 _DEPTH = re.compile(r"layer|depth|block")
 _HEADS = re.compile(r"head|num_kv|kv_n")
 _UNITS = re.compile(r"intermediate|ffn|inner|d_ff|dff|hidden_dim|mlp|feed|ff_dim")
+# Fields that name experts, or groups, and do not count them.
+_NO_EXPERTS = re.compile(r"per_tok|top_?k|shared|zero|capacity|size|dim|(^|_)k$|attention")
 # (config class, stack, kept layers) -> the config of the shorter model, or why there is none
 _SHORTER: dict[Any, Any] = {}
 
@@ -505,26 +507,82 @@ def _uniform(
         expected = _shapes(built)
     except Exception:
         return None
-    config = copy.deepcopy(dense)
+    found = []
     for entry in structure["narrowed"]:
         counts = {len(code.numbers(text, entry["members"])) for text in entry["kept"].values()}
         if len(counts) != 1:
             return None
-    for entry in structure["narrowed"]:
-        (count,) = {len(code.numbers(text, entry["members"])) for text in entry["kept"].values()}
-        block = sum(b for _, b in entry["slices"][0][2])
-        config = _with_heads(config, entry, count, block) if block > 1 else _with_units(config, entry["members"], count)
-    for candidate in config if isinstance(config, list) else [config]:
+        found.append((entry, counts.pop()))
+    ways = [_ways(dense, entry, count) for entry, count in found]
+    for chosen in itertools.product(*ways):
+        config = copy.deepcopy(dense)
+        for way, (entry, count) in zip(chosen, found, strict=True):
+            way(config, entry, count)
         with contextlib.suppress(Exception):
-            same = _on_meta(stock, candidate)
-            if _shapes(same) == expected and not code.plain_experts(same):
-                return candidate
+            same = _on_meta(stock, config)
+            if _shapes(same) != expected or code.plain_experts(same):
+                continue
+            experts = [(e, n) for way, (e, n) in zip(chosen, found, strict=True) if way is _with_experts]
+            if not experts or _same_experts(stock, dense, experts):
+                return config
     return None
 
 
-def _with_heads(config: Any, entry: Mapping[str, Any], count: int, block: int) -> Any:
+def _ways(dense: Any, entry: Mapping[str, Any], count: int) -> list[Any]:
+    """Ways to say a width in a config, the likeliest first."""
+    first = _with_heads if _block(entry) > 1 else _with_units
+    before = copy.deepcopy(dense)
+    _with_experts(before, entry, count)
+    return [first] if before.to_dict() == dense.to_dict() else [_with_experts, first]
+
+
+def _block(entry: Mapping[str, Any]) -> int:
+    return sum(b for _, b in entry["slices"][0][2])
+
+
+def _with_experts(config: Any, entry: Mapping[str, Any], count: int) -> None:
+    """Fields that count experts, and groups of them where whole groups go."""
+    members, block = entry["members"], _block(entry)
+    for _, own in _configs(config):
+        for name, value in list(vars(own).items()):
+            if type(value) is not int or name.startswith("_") or _NO_EXPERTS.search(name):
+                continue
+            if "expert" in name and value == members * block:
+                setattr(own, name, count * block)
+            elif block > 1 and "group" in name and value == members:
+                setattr(own, name, count)
+
+
+def _same_experts(stock: Any, dense: Any, entries: Sequence[tuple[Mapping[str, Any], int]]) -> bool:
+    """Whether the stock class, built with fewer experts, computes what the twin does once they are cut out."""
+    key = (stock, repr(sorted(dense.to_dict().items(), key=lambda i: i[0])), repr(entries))
+    if key not in _SHORTER:
+        _SHORTER[key] = _try_experts(stock, dense, entries)
+    return _SHORTER[key]
+
+
+def _try_experts(stock: Any, dense: Any, entries: Sequence[tuple[Mapping[str, Any], int]]) -> bool:
+    twin = twin_of(stock, dense)
+    if twin is None:
+        return False
+    try:
+        narrowed, config = copy.deepcopy(twin.model), copy.deepcopy(twin.model.config)
+        for entry, count in entries:
+            for path, text in entry["kept"].items():
+                code.narrow(code.part(narrowed, path), entry, code.numbers(text, entry["members"]))
+            _with_experts(config, entry, count)
+        with quiet():
+            fewer = stock._from_config(config, dtype=torch.float32)
+        fewer.load_state_dict(narrowed.state_dict(), strict=True)
+        fewer = fewer.to(next(p.dtype for p in twin.model.parameters() if p.is_floating_point())).eval()
+        return distance(outputs(narrowed, twin.batch), outputs(fewer, twin.batch)) <= 1e3 * twin.tolerance
+    except Exception:
+        return False
+
+
+def _with_heads(config: Any, entry: Mapping[str, Any], count: int) -> None:
     """Fields that count heads or groups of heads, and the width of a head, which would follow them."""
-    members = entry["members"]
+    members, block = entry["members"], _block(entry)
     for path, own in _configs(config):
         heads = [n for n, v in vars(own).items() if type(v) is int and v and v % members == 0 and _HEADS.search(n)]
         counted = {n: getattr(own, n) for n in heads if "dim" not in n and "size" not in n}
@@ -535,15 +593,11 @@ def _with_heads(config: Any, entry: Mapping[str, Any], count: int, block: int) -
             own.head_dim = block * members // most
         for name, value in counted.items():
             setattr(own, name, value // members * count)
-    return config
 
 
-def _with_units(config: Any, members: int, count: int) -> Any:
+def _with_units(config: Any, entry: Mapping[str, Any], count: int) -> None:
+    members = entry["members"]
     for _, own in _configs(config):
         for name, value in list(vars(own).items()):
             if _UNITS.search(name) and not name.startswith("_") and (value == members or (value is None and name == "n_inner")):
                 setattr(own, name, count)
-    return config
-
-
-

@@ -93,6 +93,7 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     for entry in target.structure.get("removed") or ():
         code.part(model, entry["module"]).cache = entry.get("cache")
     code.uncached_text(model.config, target.structure.get("uncached") or ())
+    code.count_experts(model)
     code.plain_experts(model)
     code.retie(model)
     remember(type(model), model.config, left)
@@ -267,12 +268,15 @@ def _record(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
 
 
 def widths_of(anatomy: Anatomy) -> dict[str, list[int]]:
-    """Heads (or KV groups) and units of every layer, for the record."""
+    """Heads (or KV groups) and units of every layer, and the experts where there are any, for the record."""
     sizes = [anatomy.sizes(i) for i in range(anatomy.num_layers)]
-    return {
+    widths = [anatomy.width(i, "experts") for i in range(anatomy.num_layers)]
+    experts = [w.members * w.output.block if w else 0 for w in widths]
+    found = {
         "num_key_value_heads": [s.num_kv_heads for s in sizes],
         "intermediate_size": [s.intermediate_size for s in sizes],
     }
+    return found | ({"num_experts": experts} if any(experts) else {})
 
 
 def _refuse_packed(anatomy: Anatomy, plan: PruningPlan) -> None:

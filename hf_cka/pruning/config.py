@@ -23,6 +23,8 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "consensus": {"criterion": "consensus"},
     "amp": {"criterion": "amp"},
 }
+# method -> the field of the criterion that whole experts need another default of
+_OF_EXPERTS = {"width": "criterion", "mop": "width_criterion", "everything": "width_criterion"}
 # method -> the pruner that carries it out
 PRUNERS = {"depth": "depth", "consensus": "depth", "width": "width", "amp": "width", "mop": "mixture"} | {
     "everything": "mixture"
@@ -144,7 +146,10 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise ValueError(f"This config has version {self.version}; this hf_cka reads version {VERSION}. Update it.")
-        for name, value in lookup(METHODS, self.method, "pruning method").items():
+        preset = lookup(METHODS, self.method, "pruning method")
+        if self.width.inner == "experts" and self.method in _OF_EXPERTS:
+            preset = {**preset, _OF_EXPERTS[self.method]: "reap"}
+        for name, value in preset.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "protect", _protected(self.protect))
@@ -166,15 +171,18 @@ class PruningConfig:
                 raise ValueError(f"{name}={value} must be at least 1.")
 
     def _check_names(self) -> None:
-        from hf_cka.pruning.criteria import DEPTH, WIDTH
+        from hf_cka.pruning.criteria import DEPTH
         from hf_cka.pruning.criteria.base import ORDERS
         from hf_cka.pruning.repair import REPAIRS
 
         width_first = self.pruner == "width"
-        lookup(WIDTH if width_first else DEPTH, str(self.criterion), f"{'width' if width_first else 'depth'} criterion")
+        if width_first:
+            _check_width_criterion(str(self.criterion), self.width)
+        else:
+            lookup(DEPTH, str(self.criterion), "depth criterion")
         lookup(DEPTH, self.layer_criterion, "depth criterion")
         if self.width_criterion is not None:
-            lookup(WIDTH, self.width_criterion, "width criterion")
+            _check_width_criterion(self.width_criterion, self.width)
         if self.repair is not None:
             lookup(REPAIRS, self.repair, "repair")
         if self.path is not None and not set(self.path) <= {"L", "G"}:
@@ -263,6 +271,24 @@ class PruningConfig:
     def from_json(cls, text: str) -> PruningConfig:
         """Read what ``to_json`` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def _check_width_criterion(name: str, width: WidthSettings) -> None:
+    """Refuse a criterion that there is not, or that scores other widths than those that may go."""
+    from hf_cka.pruning.criteria import EXPERTS, WIDTH
+
+    if width.inner == "experts" and name in WIDTH and name not in EXPERTS:
+        known = ", ".join(map(repr, EXPERTS))
+        raise ValueError(f"Criterion {name!r} scores heads and units; whole experts are scored by {known}.")
+    if width.inner != "experts" and name in EXPERTS and name not in WIDTH:
+        raise ValueError(
+            f"Criterion {name!r} scores whole experts, but structures={width.structures!r}. Give "
+            "width=WidthSettings(structures='experts'), or a criterion for heads and units ('amp', 'wanda')."
+        )
+    if width.inner == "experts":
+        lookup(EXPERTS, name, "criterion for experts")
+    else:
+        lookup(WIDTH, name, "width criterion")
 
 
 def _protected(given: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
-from hf_cka.pruning.criteria import DEPTH, WIDTH
+from hf_cka.pruning.criteria import DEPTH, width_criteria
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usable, score
 from hf_cka.pruning.criteria.branches import RULES, USES
 from hf_cka.pruning.depth import counted, details_of, named, notes_of, score_structures
@@ -96,7 +96,8 @@ def prune_mixture(run: Run) -> None:
     Raises:
         ValueError: for an unreachable ratio, a string that is too short, or what the criteria raise.
     """
-    depth, width = DEPTH[str(run.config.criterion)], WIDTH[str(run.config.width_criterion)]
+    depth = DEPTH[str(run.config.criterion)]
+    width = width_criteria(run.config.width.structures)[str(run.config.width_criterion)]
     if run.history.steps:
         _load_weights(run)
     else:
@@ -238,7 +239,8 @@ def _width_branch(run: Run, entry: CriterionEntry, budget: int) -> Branch | str:
     except ValueError as error:
         return f"width: {error}"
     scores = score(entry, run.context(), None, run.config.order)
-    return Branch("width", sizes_plan(run.anatomy, scores, choice.whole(step.sizes)), step.carry, notes=choice.notes)
+    plan = sizes_plan(run.anatomy, scores, choice.whole(step.sizes), choice.settings.inner)
+    return Branch("width", plan, step.carry, notes=choice.notes)
 
 
 def _remainder(run: Run, entry: CriterionEntry) -> None:

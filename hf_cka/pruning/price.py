@@ -207,7 +207,10 @@ class CostTable:
                         narrowed[f"{path}.{name}"] = left[name]
                 if plan is not None and index in plan.removed_layers:
                     continue
-                matmul = layer.visits * sum(left[name] * f for name, f in layer.factors.items() if name in left)
+                share = _share_of_experts(on, index, plan)
+                matmul = layer.visits * sum(
+                    left[name] * min(1.0, f * share.get(name, 1.0)) for name, f in layer.factors.items() if name in left
+                )
                 stored, compared = _attending(layer, index, plan)
                 prefill += 2 * matmul * length + 2 * compared * _pairs(length, layer.span, stack.causal)
                 if stack.causal:
@@ -255,6 +258,16 @@ def _left(on: Anatomy, index: int, layer: _Layer, plan: PruningPlan | None) -> d
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
+def _share_of_experts(on: Anatomy, index: int, plan: PruningPlan | None) -> dict[str, float]:
+    """By how much more often each parameter of experts is used once there are fewer: a token goes through as many."""
+    found: dict[str, float] = {}
+    for name, table in plan.kept.items() if plan is not None else ():
+        width = on.stack.layers[index].width(name) if index in table else None
+        if width is not None and width.kind == "experts":
+            found |= {part.parameter: width.members / len(table[index]) for part in width.slices[1:]}
+    return found
+
+
 def _attending(layer: _Layer, index: int, plan: PruningPlan | None) -> tuple[int, int]:
     """Numbers that a token stores, and that a pair of tokens takes, in a layer."""
     stored = compared = 0
@@ -280,7 +293,7 @@ def _pairs(length: int, span: int | None, causal: bool) -> int:
 def _layer(on: Anatomy, index: int) -> _Layer:
     layer, found = on.layer(index), on.stack.layers[index]
     named = dict(own_named(layer))
-    chosen = _expert_share(on.config)
+    experts, chosen = _expert_counts(on.config)
     factors = {}
     for name, parameter in named.items():
         path = name.rpartition(".")[0]
@@ -288,7 +301,8 @@ def _layer(on: Anatomy, index: int) -> _Layer:
         if parameter.ndim < 2 or isinstance(module, nn.Embedding) or _POSITIONS.search(path.rpartition(".")[2]):
             continue
         expert = "experts" in path.split(".") or "Experts" in type(module).__name__
-        factors[name] = chosen if expert else 1.0
+        count = parameter.shape[0] if parameter.ndim == 3 else experts
+        factors[name] = min(1.0, chosen / count) if expert and chosen and count else 1.0
     attention = tuple(a for b in found.branches if (a := _attention(on, index, b)) is not None)
     shapes = {name: tuple(p.shape) for name, p in named.items()}
     return _Layer(shapes, factors, attention, _span(on, index), found.visits)
@@ -302,13 +316,13 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _expert_share(config: Any) -> float:
-    """Which part of the experts a token goes through."""
+def _expert_counts(config: Any) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token goes through; 0 where the config does not say."""
     count, chosen = (
         next((v for n in names if type(v := getattr(config, n, None)) is int and v > 0), 0)
         for names in (_EXPERTS, _CHOSEN)
     )
-    return chosen / count if 0 < chosen < count else 1.0
+    return count, chosen
 
 
 def _attention(on: Anatomy, index: int, branch: Branch) -> _Attention | None:

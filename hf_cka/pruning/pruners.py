@@ -18,7 +18,7 @@ from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.adapters import adapter_configs
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
-from hf_cka.pruning.criteria import DEPTH, WIDTH
+from hf_cka.pruning.criteria import DEPTH, width_criteria
 from hf_cka.pruning.criteria.base import check_usable
 from hf_cka.pruning.depth import check_reachable, prune_depth
 from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
@@ -198,7 +198,8 @@ def _most(anatomy: Anatomy, config: PruningConfig) -> int:
     take_groups, take_units = WIDTHS[choice.settings.structures]
     sizes = choice.parameters.sizes
     return sum(
-        part.group * max(0, groups - config.width.min_groups) * take_groups + part.unit * max(0, units - 1) * take_units
+        part.group * max(0, groups - config.width.min_groups) * take_groups
+        + part.unit * max(0, units - part.least) * take_units
         for part, groups, units in zip(choice.parameters.layers, sizes.kv_groups, sizes.units, strict=True)
     )
 
@@ -329,7 +330,7 @@ def _only_stack(anatomy: Anatomy, config: PruningConfig) -> Anatomy:
 
 
 def _check_width(run: Run) -> None:
-    check_usable(WIDTH[str(run.config.criterion)], run.context())
+    check_usable(width_criteria(run.config.width.structures)[str(run.config.criterion)], run.context())
     check_width(run)
 
 
@@ -338,7 +339,8 @@ def _check_depth(run: Run) -> None:
 
 
 def _check_mixture(run: Run) -> None:
-    check_mixture(run, DEPTH[str(run.config.criterion)], WIDTH[str(run.config.width_criterion)])
+    width = width_criteria(run.config.width.structures)[str(run.config.width_criterion)]
+    check_mixture(run, DEPTH[str(run.config.criterion)], width)
 
 
 # what refuses, before a run, what it could not finish

@@ -80,16 +80,23 @@ class WidthChoice:
         """
         take_groups, take_units = STRUCTURES[self.settings.structures]
         sizes, least = self.parameters.sizes, self.settings.min_groups
-        if any(n > least for n in sizes.kv_groups if take_groups) or any(n > 1 for n in sizes.units if take_units):
+        fewest = [part.least for part in self.parameters.layers]
+        if any(n > least for n in sizes.kv_groups if take_groups):
+            return
+        if take_units and any(n > few for n, few in zip(sizes.units, fewest, strict=True)):
             return
         reasons = list(self.stay)
+        experts = self.settings.inner == "experts"
+        nothing = "no experts" if experts else "neither heads nor units that can go one by one"
         if take_groups and any(sizes.kv_groups):
             reasons.append(f"no layer has more than {max(sizes.kv_groups)} KV groups or heads, and {least} must stay")
-        if take_units and any(sizes.units):
+        if take_units and any(sizes.units) and experts:
+            reasons.append(f"no layer has more than {max(sizes.units)} experts, and its router needs {max(fewest)}")
+        elif take_units and any(sizes.units):
             reasons.append("no layer has more than one unit, which must stay")
         raise ValueError(
             f"No width can become smaller (structures={self.settings.structures!r}): "
-            + ("; ".join(dict.fromkeys(reasons)) or "the layers have neither heads nor units that can go one by one")
+            + ("; ".join(dict.fromkeys(reasons)) or f"the layers have {nothing}")
             + ". Remove layers or sub-layers, or choose other structures."
         )
 
@@ -113,9 +120,10 @@ def width_choice(anatomy: Anatomy, settings: WidthSettings, scores: WidthScores 
         >>> width_choice(anatomy, WidthSettings()).parameters.sizes
         WidthSizes(kv_groups=(2,), units=(4,))
     """
-    whole = layer_parameters(anatomy)
-    asked = dict(zip(("heads", "units"), STRUCTURES[settings.structures], strict=True))
-    left_out: dict[str, set[int]] = {"heads": set(), "units": set()}
+    inner = settings.inner
+    whole = layer_parameters(anatomy, inner)
+    asked = dict(zip(("heads", inner), STRUCTURES[settings.structures], strict=True))
+    left_out: dict[str, set[int]] = {"heads": set(), inner: set()}
     notes: list[str] = []
     stay: list[str] = []
     inexact: list[str] = []
@@ -134,9 +142,9 @@ def width_choice(anatomy: Anatomy, settings: WidthSettings, scores: WidthScores 
         else:
             name = type(anatomy.model).__name__
             inexact.append(f"removing {kind} of {name} is not equal to zeroing them: a norm spans them")
-    parameters = whole.fixing(left_out["heads"], left_out["units"])
-    there = {"heads": any(parameters.sizes.kv_groups), "units": any(parameters.sizes.units)}
-    for kind, other in (("heads", "units"), ("units", "heads")):
+    parameters = whole.fixing(left_out["heads"], left_out[inner])
+    there = {"heads": any(parameters.sizes.kv_groups), inner: any(parameters.sizes.units)}
+    for kind, other in (("heads", "units"), ("units", "heads")) if inner == "units" else ():
         if asked[kind] and not there[kind] and there[other]:
             if not asked[other]:
                 notes.append(f"{anatomy.stack.path} has no {kind} that can go, so {other} go instead")
@@ -181,13 +189,14 @@ def keep_best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(torch.sort(scores, descending=True, stable=True).indices[:count].tolist()))
 
 
-def sizes_plan(anatomy: Anatomy, scores: WidthScores, sizes: WidthSizes) -> PruningPlan:
+def sizes_plan(anatomy: Anatomy, scores: WidthScores, sizes: WidthSizes, inner: str = "units") -> PruningPlan:
     """Return the plan that keeps the best groups and units, for given sizes.
 
     Args:
         anatomy: of the model that was scored.
         scores: of its groups and units.
         sizes: how many stay in each layer.
+        inner: what they say of units is of ``"units"``, or of whole ``"experts"``.
 
     Raises:
         ValueError: if scores and sizes do not fit the model.
@@ -200,7 +209,7 @@ def sizes_plan(anatomy: Anatomy, scores: WidthScores, sizes: WidthSizes) -> Prun
         >>> dict(sizes_plan(anatomy, scores, WidthSizes((2,), (2,))).kept_units)
         {0: (1, 3)}
     """
-    now = layer_parameters(anatomy).sizes
+    now = layer_parameters(anatomy, inner).sizes
     kept: dict[str, dict[int, tuple[int, ...]]] = {"kv_groups": {}, "units": {}}
     for name, table in kept.items():
         for layer, (values, full, count) in enumerate(
@@ -213,7 +222,7 @@ def sizes_plan(anatomy: Anatomy, scores: WidthScores, sizes: WidthSizes) -> Prun
                     f"{len(values)} scores of {name} in layer {layer}, which has {full}: score this very model."
                 )
             table[layer] = keep_best(values, count)
-    return plan_for(anatomy, kept_groups=kept["kv_groups"], kept_units=kept["units"])
+    return plan_for(anatomy, kept={"heads": kept["kv_groups"], inner: kept["units"]})
 
 
 def width_plan(
@@ -255,4 +264,4 @@ def width_plan(
     choice.check_any()
     choice.warn()
     sizes = spread(choice.parameters, round(ratio * choice.parameters.total), scores, choice.settings)
-    return sizes_plan(anatomy, scores, choice.whole(sizes))
+    return sizes_plan(anatomy, scores, choice.whole(sizes), choice.settings.inner)

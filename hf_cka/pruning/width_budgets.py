@@ -17,9 +17,9 @@ from hf_cka.lookup import lookup
 from hf_cka.pruning.criteria.base import WidthScores
 from hf_cka.pruning.width_parameters import ModelParameters, WidthSizes
 
-#: name -> (KV groups may go, units may go)
+#: name -> (KV groups may go, units may go); whole experts take the place of units
 STRUCTURES: Mapping[str, tuple[bool, bool]] = MappingProxyType(
-    {"both": (True, True), "heads": (True, False), "units": (False, True)}
+    {"both": (True, True), "heads": (True, False), "units": (False, True), "experts": (False, True)}
 )
 
 
@@ -28,11 +28,13 @@ class WidthSettings:
     """How widths may be chosen.
 
     Args:
-        structures: ``"both"``, ``"heads"`` or ``"units"``; where a model has none of a kind, the other one.
+        structures: ``"both"`` (KV groups and units), ``"heads"`` or ``"units"``; where a model has none of a kind, the
+            other one. Or whole ``"experts"``, of which every layer keeps as many as its router picks for a token.
         rule: of the budget ``"uniform"``: see :func:`width_step`.
-        multiple_of: round the units that stay to a multiple of this.
+        multiple_of: round the units (or experts) that stay to a multiple of this.
         min_groups: KV groups that stay in every layer.
-        floor: part of every layer's units that stays at least, under the budgets that differ between layers.
+        floor: part of every layer's units (or experts) that stays at least, under the budgets that differ between
+            layers.
         layer_importance: per layer, for the budget ``"importance"``.
         strength: of the budget ``"importance"``: 0 is uniform; at 1 the layer that is farthest from the mean
             importance loses nothing (or twice the mean share).
@@ -65,6 +67,16 @@ class WidthSettings:
         for name in ("floor", "strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+
+    @property
+    def inner(self) -> str:
+        """What may go inside layers beside heads: "units", or whole "experts".
+
+        Example:
+            >>> WidthSettings(structures="experts").inner
+            'experts'
+        """
+        return "experts" if self.structures == "experts" else "units"
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ def width_step(
     Args:
         parameters: of the model as it is.
         budget: parameters to remove.
-        structures: ``"both"``, ``"heads"`` or ``"units"``.
+        structures: ``"both"``, ``"heads"``, ``"units"`` or ``"experts"``.
         rule: what the MLP takes.
         carry: what the attention owed before, in KV groups per layer.
         min_groups: KV groups that stay in every layer.
@@ -136,6 +148,7 @@ def width_step(
     group_cost = sum(part.group for part, n in zip(parameters.layers, now.kv_groups, strict=True) if n)
     unit_cost = sum(part.unit for part, n in zip(parameters.layers, now.units, strict=True) if n)
     spare = max(0, groups - min_groups) if take_groups else 0
+    fewest = max((part.least for part, n in zip(parameters.layers, now.units, strict=True) if n), default=1)
     gone_units = 0
     if take_units:
         share = Fraction(budget, sum(parameters.layer_total(i) for i in range(len(parameters.layers))))
@@ -144,19 +157,20 @@ def width_step(
         # a group that the attention cannot give is taken from the MLP, so it is owed no longer
         carry -= math.floor(carry)
         rest = Fraction(budget - gone_groups * group_cost, unit_cost) if unit_cost else Fraction(0)
-        while rule == "exact" and gone_groups < spare and _nearest(rest) > units - 1 >= 0:
+        while rule == "exact" and gone_groups < spare and _nearest(rest) > units - fewest >= 0:
             gone_groups += 1  # what the MLP cannot give, more groups give
             rest -= Fraction(group_cost, unit_cost)
         gone_units = max(0, _nearest(share * units if rule == "proportional" else rest))
     else:
         gone_groups = _nearest(Fraction(budget, group_cost)) if group_cost else 0
-    most = spare * group_cost + (units - 1) * unit_cost * take_units
-    if budget < 0 or gone_groups > spare or (take_units and gone_units > units - 1):
+    most = spare * group_cost + (units - fewest) * unit_cost * take_units
+    if budget < 0 or gone_groups > spare or (take_units and gone_units > units - fewest):
         raise ValueError(
             f"Cannot remove {budget:,} parameters (structures={structures!r}) at equal widths: between 0 and {most:,} "
-            f"({most / parameters.total:.1%} of all) can go, while {min_groups} KV group(s) and 1 unit stay per layer."
+            f"({most / parameters.total:.1%} of all) can go, while {_fewest_in_words(settings, fewest)} stay per "
+            "layer."
         )
-    kept = _rounded(units - gone_units, units, settings) if take_units else units
+    kept = _rounded(units - gone_units, units, settings, fewest) if take_units else units
     sizes = WidthSizes(
         tuple(n - gone_groups if n else 0 for n in now.kv_groups), tuple(kept if n else 0 for n in now.units)
     )
@@ -187,10 +201,12 @@ def share_sizes(
         WidthSizes(kv_groups=(3, 1), units=(14, 29))
     """
     take = STRUCTURES[settings.structures]
-    kinds = [(parameters.sizes.kv_groups, settings.min_groups), (parameters.sizes.units, 1)]
+    units_stay = [part.least for part in parameters.layers]
+    groups_stay = [settings.min_groups] * len(units_stay)
+    kinds = [(parameters.sizes.kv_groups, groups_stay), (parameters.sizes.units, units_stay)]
     # (members, fewest, parameters of one, units?) of everything that may go
     parts = [
-        _Part(layer, n, min(n, least), (part.unit if units else part.group), units)
+        _Part(layer, n, min(n, least[layer]), (part.unit if units else part.group), units)
         for units, (counts, least) in enumerate(kinds)
         if take[units]
         for layer, (n, part) in enumerate(zip(counts, parameters.layers, strict=True))
@@ -200,8 +216,8 @@ def share_sizes(
     if not 0 <= budget <= most:
         raise ValueError(
             f"Cannot remove {round(budget):,} parameters (structures={settings.structures!r}) in equal shares: between "
-            f"0 and {most:,} ({most / parameters.total:.1%} of all) can go, while {settings.min_groups} KV group(s) "
-            "and 1 unit stay per layer."
+            f"0 and {most:,} ({most / parameters.total:.1%} of all) can go, while "
+            f"{_fewest_in_words(settings, max(units_stay))} stay per layer."
         )
     share = Fraction(budget) / sum(parameters.layer_total(i) for i in range(len(parameters.layers)))
     groups, units = [p for p in parts if not p.units], [p for p in parts if p.units]
@@ -238,7 +254,7 @@ class _Part:
         """How many stay when a share goes."""
         stay = max(self.least, self.members - _nearest(share * self.members))
         if self.units and stay < self.members:
-            return _rounded(stay, self.members, settings)
+            return _rounded(stay, self.members, settings, self.least)
         return stay
 
 
@@ -388,7 +404,8 @@ def global_sizes(parameters: ModelParameters, budget: int, scores: WidthScores, 
             kept[layer] -= 1
             left -= cost
     chosen = tuple(
-        _rounded(n, full, settings) if n < full else n for n, full in zip(units, parameters.sizes.units, strict=True)
+        _rounded(n, full, settings, part.least) if n < full else n
+        for n, full, part in zip(units, parameters.sizes.units, parameters.layers, strict=True)
     )
     return WidthSizes(tuple(groups), chosen)
 
@@ -424,8 +441,8 @@ def _fill_units(
                 break
             units[min(free, key=lambda i: (step * (units[i] - exact[i]), i))] += step
         units = [
-            _rounded(n, full, settings) if n < full else n
-            for n, full in zip(units, parameters.sizes.units, strict=True)
+            _rounded(n, full, settings, part.least) if n < full else n
+            for n, full, part in zip(units, parameters.sizes.units, parameters.layers, strict=True)
         ]
     return WidthSizes(tuple(groups), tuple(units))
 
@@ -446,7 +463,10 @@ def _smallest(parameters: ModelParameters, settings: WidthSettings) -> WidthSize
     """The widths below which no layer goes."""
     take_groups, take_units = STRUCTURES[settings.structures]
     groups = tuple(min(n, settings.min_groups) if take_groups else n for n in parameters.sizes.kv_groups)
-    units = tuple(min(n, max(1, math.ceil(settings.floor * n))) if take_units else n for n in parameters.sizes.units)
+    units = tuple(
+        min(n, max(part.least, math.ceil(settings.floor * n))) if take_units else n
+        for n, part in zip(parameters.sizes.units, parameters.layers, strict=True)
+    )
     return WidthSizes(groups, units)
 
 
@@ -455,15 +475,22 @@ def _check_reachable(parameters: ModelParameters, budget: int, smallest: WidthSi
     if not 0 <= budget <= most:
         raise ValueError(
             f"Cannot remove {budget:,} parameters (structures={settings.structures!r}): between 0 and {most:,} "
-            f"({most / parameters.total:.1%} of all) can go, while {settings.floor:.0%} of the units and "
-            f"{settings.min_groups} KV group(s) stay in every layer."
+            f"({most / parameters.total:.1%} of all) can go, while {settings.floor:.0%} of the {settings.inner} and "
+            + ("as many as the router picks" if settings.inner == "experts" else f"{settings.min_groups} KV group(s)")
+            + " stay in every layer."
         )
 
 
-def _rounded(kept: int, full: int, settings: WidthSettings) -> int:
-    """The nearest multiple that is asked for, at least one multiple, at most what there is."""
+def _rounded(kept: int, full: int, settings: WidthSettings, least: int = 1) -> int:
+    """The nearest multiple that is asked for, at least as many as must stay, at most what there is."""
     multiple = settings.multiple_of
-    return min(full, max(multiple, _nearest(Fraction(kept, multiple)) * multiple))
+    return min(full, max(_nearest(Fraction(kept, multiple)), -(-least // multiple)) * multiple)
+
+
+def _fewest_in_words(settings: WidthSettings, fewest: int) -> str:
+    if settings.inner == "experts":
+        return f"{fewest} experts (as many as the router picks)"
+    return f"{settings.min_groups} KV group(s) and {fewest} unit"
 
 
 def _nearest(value: Fraction) -> int:

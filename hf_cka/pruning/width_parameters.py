@@ -23,7 +23,7 @@ class WidthSizes:
 
     Args:
         kv_groups: per layer, KV groups (heads, without grouped attention; channels of a mixer without heads).
-        units: per layer, MLP units.
+        units: per layer, MLP units, or whole experts.
 
     Example:
         >>> WidthSizes((8, 8), (64, 64)).uniform
@@ -49,13 +49,15 @@ class LayerParameters:
 
     Args:
         group: parameters of one KV group: its rows of q, k, v, the columns of o behind its query heads, their biases.
-        unit: parameters of one MLP unit; of a layer of experts, that of every expert.
+        unit: parameters of one MLP unit; of a layer of experts, that of every expert. Or of one whole expert.
         fixed: what stays whatever the widths: norms and output biases.
+        least: units (or experts) that must stay.
     """
 
     group: int
     unit: int
     fixed: int
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,13 @@ def _own_named(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> 
             yield from _own_named(child, f"{prefix}{name}.", (*above, module))
 
 
-def layer_parameters(source: Any) -> ModelParameters:
-    """Count what every KV group, unit and layer of a model weighs.
+def layer_parameters(source: Any, inner: str = "units") -> ModelParameters:
+    """Count what every KV group, unit (or expert) and layer of a model weighs.
 
     Args:
         source: an `Anatomy`, a model, or a config; of a config the model is built on the meta device, which needs no
             memory.
+        inner: count ``"units"``, or whole ``"experts"`` in their place.
 
     Raises:
         ValueError: if no layers are recognised.
@@ -241,11 +244,12 @@ def layer_parameters(source: Any) -> ModelParameters:
         named = {name: p for name, p in own_named(layer) if id(p) not in counted}  # what layers share: with the first
         counted |= {id(p) for p in named.values()}
         whole = sum({id(p): p.numel() for p in named.values()}.values())
-        heads, mlp = anatomy.width(index, "heads"), anatomy.width(index, "units")
+        heads, mlp = anatomy.width(index, "heads"), anatomy.width(index, inner)
         groups.append(heads.members if heads else 0)
         units.append(mlp.members if mlp else 0)
         group, unit = (0 if w is None else member_parameters(w, named) for w in (heads, mlp))
-        layers.append(LayerParameters(group, unit, whole - group * groups[-1] - unit * units[-1]))
+        fixed = whole - group * groups[-1] - unit * units[-1]
+        layers.append(LayerParameters(group, unit, fixed, mlp.least if mlp else 1))
         inside += whole
     sizes = WidthSizes(tuple(groups), tuple(units))
     return ModelParameters(tuple(layers), sizes, Weights(anatomy.model).total - inside)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from hf_cka.pruning.criteria import DEPTH, WIDTH
+from hf_cka.pruning.criteria import DEPTH, width_criteria
 from hf_cka.pruning.criteria.base import Structure, WidthScores, check_usable, score
 from hf_cka.pruning.removable import TooLittleError
 from hf_cka.pruning.state import Run
@@ -26,7 +26,8 @@ def prune_width(run: Run) -> None:
         ValueError: for an unreachable ratio (the range is named), or what the criterion raises.
     """
     assert run.config.ratio is not None
-    entry, steps = WIDTH[str(run.config.criterion)], run.config.steps or 1
+    entry = width_criteria(run.config.width.structures)[str(run.config.criterion)]
+    steps = run.config.steps or 1
     check_usable(entry, run.context())
     if not run.history.steps:
         width_choice(run.anatomy, run.config.width).check_any()
@@ -41,7 +42,7 @@ def prune_width(run: Run) -> None:
             choice.check_any()
             choice.warn()
         sizes = _reaching(run, choice, scores, wanted)
-        run.apply(sizes_plan(run.anatomy, scores, choice.whole(sizes)))
+        run.apply(sizes_plan(run.anatomy, scores, choice.whole(sizes), choice.settings.inner))
         run.record("width", widths_in_words(run), None, {}, notes=choice.notes)
 
 
@@ -80,7 +81,10 @@ def refuse_nothing(run: Run) -> None:
 def widths_in_words(run: Run) -> tuple[str, ...]:
     """Return the widths of the model so far."""
     words = []
-    for what, kind in (("KV groups", "heads"), ("units", "units")):
+    kinds = [("KV groups", "heads"), ("units", "units")]
+    if run.config.width.inner == "experts":
+        kinds = [("experts", "experts")]
+    for what, kind in kinds:
         there = [w.members for layer in run.anatomy.stack.layers if (w := layer.width(kind)) is not None]
         if not there:
             words.append(f"no {what} left")

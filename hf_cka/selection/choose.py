@@ -127,6 +127,7 @@ def select_layers(
         layers_path=anatomy.layers_path,
         projections=anatomy.linear_names,
         modules=_modules(anatomy),
+        experts=_experts(anatomy),
         ambiguous=_ambiguous(anatomy),
         settings=settings,
         calibration=calibration,
@@ -152,6 +153,16 @@ def _modules(anatomy: Anatomy) -> tuple[tuple[str, ...], ...]:
         for i, layer in enumerate(layers)
     )
     return () if plain else tuple(tuple(f"{layer.path}.{n}" for n in layer.linears) for layer in layers)
+
+
+def _experts(anatomy: Anatomy) -> tuple[tuple[str, ...], ...]:
+    """Full names of the parameters in which experts lie one behind the other, of every layer."""
+    found = []
+    for i, layer in enumerate(anatomy.stack.layers):
+        sizes = {name: p.ndim for name, p in anatomy.layer(i).named_parameters()}
+        names = dict.fromkeys(s.parameter for w in layer.widths if w.kind == "experts" for s in w.slices)
+        found.append(tuple(f"{layer.path}.{name}" for name in names if sizes.get(name) == 3))
+    return tuple(found) if any(found) else ()
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class LayerSelection:
         calibration: what was measured; None for criteria that need no data.
         modules: full names of the projections of every layer, where layers differ; empty where name follows from
             number and projection.
+        experts: full names of the parameters that hold the experts of every layer; empty where no layer has any.
         others: the choices in further stacks of the same model.
         hf_cka_version: that made this.
         version: of this format.
@@ -69,6 +70,7 @@ class LayerSelection:
     settings: Mapping[str, Any] = field(default_factory=dict)
     calibration: CalibrationInfo | None = None
     modules: tuple[tuple[str, ...], ...] = ()
+    experts: tuple[tuple[str, ...], ...] = ()
     others: tuple[LayerSelection, ...] = ()
     hf_cka_version: str = hf_cka.__version__
     version: int = 1
@@ -129,19 +131,48 @@ class LayerSelection:
             own = [f"{self.layers_path}.{i}.{name}" for i in self.layers for name in self.projections]
         return own + [name for other in self.others for name in other._names()]
 
-    def lora_kwargs(self, target_modules: str | Iterable[str] | None = None, *, exact: bool = False) -> dict[str, Any]:
+    def expert_names(self) -> list[str]:
+        """Return the full names of the parameters that hold the experts of the chosen layers.
+
+        Raises:
+            ValueError: if the chosen layers have no experts.
+
+        Example:
+            >>> LayerSelection(layers=(1,), scores=(0.0, 1.0), errors=(None,) * 2, status=("ok",) * 2,
+            ...     criterion="cka", keep_ratio=0.5, model_type="mixtral", layers_path="model.layers",
+            ...     projections=("self_attn.q_proj",), experts=((), ("model.layers.1.mlp.experts.down_proj",))
+            ... ).expert_names()
+            ['model.layers.1.mlp.experts.down_proj']
+        """
+        names = self._experts()
+        if not names:
+            raise ValueError(f"The chosen layers of this {self.model_type!r} have no experts (in one parameter).")
+        return names
+
+    def _experts(self) -> list[str]:
+        own = [name for i in self.layers for name in (self.experts[i] if self.experts else ())]
+        return own + [name for other in self.others for name in other._experts()]
+
+    def lora_kwargs(
+        self, target_modules: str | Iterable[str] | None = None, *, exact: bool = False, experts: bool = False
+    ) -> dict[str, Any]:
         """Return the arguments that make a ``LoraConfig`` adapt only the chosen layers.
 
         Args:
             target_modules: as in :meth:`module_names`.
             exact: give full module names instead of layer numbers; always so for models with several towers.
+            experts: adapt the experts of the chosen layers too, through ``target_parameters``. Without it layers of
+                experts are adapted in their attention and their shared experts.
 
         Returns:
-            ``target_modules``, ``layers_to_transform`` and ``layers_pattern``, or ``target_modules`` alone.
+            ``target_modules``, ``layers_to_transform`` and ``layers_pattern``, or ``target_modules`` alone; and
+            ``target_parameters`` with ``experts``.
 
         Raises:
-            ValueError: if ``target_modules`` matches nothing.
+            ValueError: if ``target_modules`` matches nothing, or there are no experts.
         """
+        if experts:
+            return {**self.lora_kwargs(target_modules, exact=exact), "target_parameters": self.expert_names()}
         names = self.module_names(target_modules)
         pattern = self.layers_path.rpartition(".")[2]
         if exact or self.ambiguous or self.modules or self.others or "." not in self.layers_path:
@@ -214,7 +245,8 @@ class LayerSelection:
             raise ValueError(f"Selection format {data.get('version')!r} is not known here (1 is): update hf_cka.")
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-        values["modules"] = tuple(map(tuple, values.get("modules") or ()))
+        for name in ("modules", "experts"):
+            values[name] = tuple(map(tuple, values.get(name) or ()))
         values["others"] = tuple(cls.from_dict(other) for other in data.get("others") or ())
         if values.get("calibration") is not None:
             values["calibration"] = CalibrationInfo(**values["calibration"])

@@ -144,12 +144,12 @@ class DepthScores:
 
 @dataclass(frozen=True)
 class WidthScores:
-    """How much each KV group and each MLP unit matters; higher = keep.
+    """How much each KV group and each MLP unit (or each expert) matters; higher = keep.
 
     Args:
         kv_groups: per layer one value for each KV group (or head, or channel of another mixer), float64 on the CPU;
             empty where there are none, or they are not scored.
-        units: per layer ``(intermediate_size,)``, likewise.
+        units: per layer ``(intermediate_size,)``, likewise; from criteria for whole experts, one value per expert.
 
     Raises:
         ValueError: for another dtype or shape, or NaN.
@@ -301,7 +301,7 @@ def score(
     """Check, score, and turn the order round if asked: the one place through which every criterion is called.
 
     Args:
-        entry: a row of ``DEPTH`` or ``WIDTH``.
+        entry: a row of ``DEPTH``, ``WIDTH`` or ``EXPERTS``.
         context: the model and the data.
         structures: what to score, for a depth criterion; None for a width criterion.
         order: ``"normal"``, or ``"reversed"`` as a control.

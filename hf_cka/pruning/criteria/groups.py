@@ -45,7 +45,7 @@ def group_sums(anatomy: Anatomy, values: Values) -> tuple[list[torch.Tensor], li
             for part in member_slices(anatomy, layer, width) if width else ():
                 matrix = values(layer, part.parameter)
                 if matrix is not None and width is not None:
-                    total += _by_member(matrix, part, width.members)
+                    total += by_member(matrix, part, width.members)
             sums.append(total)
     groups, units = found.values()
     return groups, units
@@ -71,8 +71,14 @@ def member_slices(anatomy: Anatomy, layer: int, width: Width) -> list[Slice]:
     return sorted(found, key=lambda part: order.get(part.parameter, len(order)))
 
 
-def _by_member(values: torch.Tensor, part: Slice, members: int) -> torch.Tensor:
-    """The sums of the rows (or columns) that belong to each member."""
+def by_member(values: torch.Tensor, part: Slice, members: int) -> torch.Tensor:
+    """Return the sums of the rows (or columns) that belong to each member, float64 on the CPU.
+
+    Args:
+        values: one per weight of a parameter.
+        part: where the members lie in it.
+        members: how many there are.
+    """
     sums = values.double().sum(dim=[axis for axis in range(values.ndim) if axis != part.axis]).cpu()
     runs = [
         sums[start : start + members * block].unflatten(0, (members, -1)).sum(dim=1) for start, block in part.segments
