@@ -18,9 +18,9 @@ from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.anatomy.model import remember, unwrap
 from hf_cka.anatomy.parts import Findings
 from hf_cka.modeling import modeling_hf_cka as code
-from hf_cka.modeling.structure import Target, target_of
-from hf_cka.pruning.adapters import adapter_configs, check_adapters, own_parameters, rename_targets, take_adapted
+from hf_cka.modeling.carried import adapter_configs, check_adapters, own_parameters, rename_targets, take_adapted
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.structure import Target, target_of
 
 # Names under which modules keep the number of their layer, and containers that of their layers.
 _INDEX = re.compile(r"layer_(idx|id|index|number)")

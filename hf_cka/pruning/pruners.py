@@ -14,9 +14,9 @@ from torch import nn
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.anatomy.model import unwrap
 from hf_cka.data import Batch
+from hf_cka.modeling.carried import adapter_configs
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
-from hf_cka.pruning.adapters import adapter_configs
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria import DEPTH, WIDTH
 from hf_cka.pruning.criteria.base import check_usable

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from hf_cka.anatomy import Anatomy
+from hf_cka.modeling.carried import own_parameters
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.pruning.adapters import own_parameters
 from hf_cka.pruning.criteria.base import Kind, Structure
 from hf_cka.pruning.width_parameters import Weights, own_named
 

@@ -17,7 +17,7 @@ from hf_cka.pruning.criteria.width import WIDTH
 from hf_cka.pruning.pruners import prune
 from hf_cka.pruning.width_budgets import WidthSettings
 from hf_cka.representations import resolve_pooling
-from tests.pruning.test_adapters import adapted
+from tests.modeling.test_carried import adapted
 from tests.tiny import tiny_batch, tiny_model
 
 

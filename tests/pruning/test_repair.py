@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hf_cka.anatomy import find_anatomy
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria.base import ScoringContext
 from hf_cka.pruning.criteria.width import WIDTH
 from hf_cka.pruning.normal_equations import DAMPINGS, NormalEquations
-from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.repair import repair
-from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.walk import Walk
 from hf_cka.pruning.width import WidthSettings, width_plan
 from hf_cka.representations import Pooling

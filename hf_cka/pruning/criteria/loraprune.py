@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import OUTPUTS, Anatomy
-from hf_cka.pruning.adapters import active_adapters
+from hf_cka.modeling.carried import active_adapters
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, WidthScores
 from hf_cka.pruning.criteria.controls import requiring_gradients
 from hf_cka.pruning.criteria.groups import Values, group_sums, member_slices
