@@ -15,6 +15,7 @@ from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.anatomy.model import unwrap
 from hf_cka.data import Batch
 from hf_cka.modeling.carried import adapter_configs
+from hf_cka.modeling.counting import num_parameters
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
@@ -23,7 +24,7 @@ from hf_cka.pruning.criteria.base import check_usable
 from hf_cka.pruning.depth import check_reachable, prune_depth
 from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
 from hf_cka.pruning.mixture import check_mixture, prune_mixture
-from hf_cka.pruning.removable import Removable, TooLittleError, num_parameters, plan_for
+from hf_cka.pruning.removable import Removable, TooLittleError, plan_for
 from hf_cka.pruning.repair import repair
 from hf_cka.pruning.state import Run, sharing_copy
 from hf_cka.pruning.width import width_choice

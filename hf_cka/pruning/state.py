@@ -14,12 +14,13 @@ from torch import nn
 
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
+from hf_cka.modeling.counting import num_parameters
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria.base import Kind, ScoringContext, Structure
 from hf_cka.pruning.history import PruningHistory, PruningStep
-from hf_cka.pruning.removable import Removable, num_parameters
+from hf_cka.pruning.removable import Removable
 from hf_cka.representations import Pooling, resolve_pooling
 
 
