@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.modeling import modeling_hf_cka as code
