@@ -209,6 +209,8 @@ def sizes_plan(anatomy: Anatomy, scores: WidthScores, sizes: WidthSizes) -> Prun
         ):
             if count == full:
                 continue
+            if not len(values):
+                raise ValueError(f"The criterion gave the {name} of layer {layer} no scores, so all {full} must stay.")
             if len(values) != full:
                 raise ValueError(
                     f"{len(values)} scores of {name} in layer {layer}, which has {full}: score this very model."
