@@ -221,7 +221,11 @@ def _with_target(model: Any, inputs: dict[str, Any], batch: Batch) -> dict[str, 
     start = getattr(config, "decoder_start_token_id", None)
     start = getattr(config, "pad_token_id", None) if start is None else start
     labels = batch.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.ndim == 2 and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    if (
+        isinstance(labels, torch.Tensor)
+        and labels.ndim == 2
+        and hasattr(model, "prepare_decoder_input_ids_from_labels")
+    ):
         return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
     if "input_ids" in inputs and not hasattr(model, "generate"):
         return inputs  # a classifier shifts its own input
