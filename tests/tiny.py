@@ -49,6 +49,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ENCODERS = ("bert", "roberta", "distilbert", "deberta-v2", "modernbert")
 DECODERS = tuple(name for name in SETTINGS if name not in ENCODERS)
 
+# where attention and MLP reach the residual stream, where it is not as in Llama
+_OUTPUTS = {
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "bert": ("attention.output.dense", "output.dense"),
+    "roberta": ("attention.output.dense", "output.dense"),
+    "deberta-v2": ("attention.output.dense", "output.dense"),
+    "distilbert": ("attention.out_lin", "ffn.lin2"),
+    "modernbert": ("attn.Wo", "mlp.Wo"),
+}
+
+
+def output_paths(model_type: str) -> dict[str, str]:
+    """The projections of a layer that end its attention ("o") and its MLP ("down"); GPT-2's hold the transpose."""
+    return dict(zip(("o", "down"), _OUTPUTS.get(model_type, ("self_attn.o_proj", "mlp.down_proj")), strict=True))
+
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """The config of the tiny model; `changes` override fields."""

@@ -19,7 +19,9 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "attention_head_dim"), 8),
+    **dict.fromkeys(
+        ("head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "attention_head_dim"), 8
+    ),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 8),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 48),
     **dict.fromkeys(("ffn_hidden_size", "intermediate_size_mlp", "dim_ff"), 48),
@@ -29,8 +31,12 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 64),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), 6),
-    **dict.fromkeys(("mamba_n_heads", "mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_num_heads"), 8),
-    **dict.fromkeys(("mamba_head_dim", "chunk_size", "mamba_chunk_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(
+        ("mamba_n_heads", "mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_num_heads"), 8
+    ),
+    **dict.fromkeys(
+        ("mamba_head_dim", "chunk_size", "mamba_chunk_size", "linear_key_head_dim", "linear_value_head_dim"), 8
+    ),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "linear_num_value_heads"), 4),
     **dict.fromkeys(("linear_num_key_heads", "num_channels_last"), 2),
     "vocab_size": 96,
@@ -61,10 +67,15 @@ SORT, SEEING = "AutoModelForSequenceClassification", "AutoModelForImageTextToTex
 # (model type, auto class) -> what differs from the above
 TYPES: dict[tuple[str, str], dict[str, Any]] = {
     # grouped and fused attention, norms in other places, parallel branches, positions of every kind
-    **{(name, CAUSAL): {} for name in ("cohere", "olmo", "olmo2", "olmo3", "helium", "seed_oss", "ernie4_5", "exaone4")},
+    **{
+        (name, CAUSAL): {} for name in ("cohere", "olmo", "olmo2", "olmo3", "helium", "seed_oss", "ernie4_5", "exaone4")
+    },
     **{(name, CAUSAL): {} for name in ("stablelm", "bitnet", "glm", "glm4", "starcoder2", "arcee", "cwm")},
     **{(name, CAUSAL): {} for name in ("falcon", "bloom", "mpt", "gpt_bigcode", "gpt_neo", "biogpt")},
-    **{(name, CAUSAL): {} for name in ("diffllama", "doge", "apertus", "smollm3", "granite", "phi", "persimmon", "xglm")},
+    **{
+        (name, CAUSAL): {}
+        for name in ("diffllama", "doge", "apertus", "smollm3", "granite", "phi", "persimmon", "xglm")
+    },
     # experts
     **{(name, CAUSAL): {} for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe")},
     **{(name, CAUSAL): {} for name in ("llama4_text", "granitemoe", "phimoe", "minimax")},
@@ -88,7 +99,14 @@ TYPES: dict[tuple[str, str], dict[str, Any]] = {
     # pictures
     **{(name, IMAGE): {} for name in ("vit", "beit", "dinov2", "siglip", "vit_msn")},
     ("deit", IMAGE): {"drop_path_rate": 0.0},
-    ("swin", IMAGE): {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "window_size": 2, "patch_size": 4, "image_size": 64},
+    ("swin", IMAGE): {
+        "embed_dim": 24,
+        "depths": [1, 1, 2, 1],
+        "num_heads": [1, 2, 2, 4],
+        "window_size": 2,
+        "patch_size": 4,
+        "image_size": 64,
+    },
     ("resnet", IMAGE): {"hidden_sizes": [16, 32], "depths": [2, 2], "embedding_size": 16},
     ("regnet", IMAGE): {"hidden_sizes": [16, 32], "depths": [2, 2], "embedding_size": 16, "groups_width": 8},
     ("convnext", IMAGE): {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},

@@ -19,6 +19,7 @@ Row = Mapping[str, Any]
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 _MASKED = ("input_ids", "inputs_embeds", "input_features", "input_values")  # those that are padded along axis 1
 _MASKS = ("attention_mask", "padding_mask")
+_ANSWERS = ("labels", "label")
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,14 @@ def batch_rows(batch: Batch) -> int:
         >>> batch_rows({"labels": torch.zeros(2), "pixel_values": torch.zeros(2, 3, 8, 8)})
         2
     """
-    for name in MAIN_INPUTS:
-        if isinstance(batch.get(name), torch.Tensor):
-            return len(batch[name])
-    raise ValueError(f"The batch holds none of {', '.join(MAIN_INPUTS)} as a tensor; its keys are: {', '.join(batch)}.")
+    for name in (*MAIN_INPUTS, *batch):  # models of other things have other inputs
+        value = batch.get(name)
+        if isinstance(value, torch.Tensor) and value.ndim and name not in _ANSWERS:
+            return len(value)
+    raise ValueError(
+        f"The batch holds none of {', '.join(MAIN_INPUTS)}, or another tensor that a model reads; its keys are: "
+        f"{', '.join(batch)}."
+    )
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,6 @@ from hf_cka.evaluation.cost import cache_bytes, count_flops
 from hf_cka.evaluation.disagreement import disagreements
 from hf_cka.evaluation.efficiency import count_parameters, decode_speed
 from hf_cka.evaluation.language import perplexity
-from hf_cka.modeling.loading import load_model
 from hf_cka.evaluation.memory import model_memory
 from hf_cka.evaluation.multiple_choice import multiple_choice
 from hf_cka.evaluation.robustness import choice_robustness, robustness
@@ -29,7 +28,7 @@ from hf_cka.evaluation.similarity_map import layer_similarity
 from hf_cka.evaluation.structure import layer_strip
 from hf_cka.evaluation.tasks import EvaluationSettings, evaluate
 from hf_cka.evaluation.training_curves import log_curves, training_curves
-from hf_cka.modeling.loading import weight_files
+from hf_cka.modeling.loading import load_model, weight_files
 from hf_cka.representations import collect
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Any
 from hf_cka.data import parts_of, public_name
 from hf_cka.evaluation.harness import harness_tasks, run_harness, split_metrics
 from hf_cka.evaluation.kinds import KINDS, MEDIA, WITHOUT_DATA, parse_task, task_data
-from hf_cka.modeling.loading import load_model
 from hf_cka.evaluation.results import EvaluationResult, EvaluationSettings, TaskResult
 from hf_cka.lookup import lookup
+from hf_cka.modeling.loading import load_model
 
 __all__ = ["EvaluationResult", "EvaluationSettings", "TaskResult", "evaluate"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -480,23 +480,23 @@ class PruningPlan:
             raise ValueError("The plan leaves no attention in any layer, so tokens could not see each other. Keep one.")
 
     def price(self, model: Any, length: int = 1024) -> Any:
-        """Return what the model costs before and after the plan; see `hf_cka.pruning.price.Price`.
+        """Return what the model costs before and after the plan; see `hf_cka.modeling.price.Price`.
 
         Args:
             model: a model, its `Anatomy`, or its config.
             length: tokens of context for the FLOPs and the KV cache.
         """
-        from hf_cka.pruning.price import price
+        from hf_cka.modeling.price import price
 
         return price(self, model, length)
 
     def explain(self, model: Any) -> Any:
-        """Return which rung the pruned checkpoint needs and who can load it; see `hf_cka.pruning.price.Explanation`.
+        """Return which rung the pruned checkpoint needs and who can load it; see `hf_cka.modeling.price.Explanation`.
 
         Args:
             model: a model, its `Anatomy`, or its config.
         """
-        from hf_cka.pruning.price import explain
+        from hf_cka.modeling.price import explain
 
         return explain(self, model)
 

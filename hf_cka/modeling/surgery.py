@@ -18,9 +18,10 @@ from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.anatomy.model import remember, unwrap
 from hf_cka.anatomy.parts import Findings
 from hf_cka.modeling import modeling_hf_cka as code
-from hf_cka.modeling.structure import Target, target_of
-from hf_cka.pruning.adapters import adapter_configs, check_adapters, own_parameters, rename_targets, take_adapted
+from hf_cka.modeling.carried import adapter_configs, check_adapters, rename_targets, take_adapted
+from hf_cka.modeling.counting import num_parameters
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.structure import Target, target_of
 
 # Names under which modules keep the number of their layer, and containers that of their layers.
 _INDEX = re.compile(r"layer_(idx|id|index|number)")
@@ -87,7 +88,7 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
                 code.replace(model, on.layer_name(i), "layer", on.stack.layers[i].returns)
     _adopt(model, target.config)
     model.config.pruning = record
-    model.config.pruning["parameters_after"] = _num_parameters(model)
+    model.config.pruning["parameters_after"] = num_parameters(model)
     stock = getattr(type(model), "stock_class", type(model))
     code.become(model, code.model_class(stock, type(model.config).stock_class) if target.structure else stock)
     for entry in target.structure.get("removed") or ():
@@ -246,11 +247,6 @@ def _left(anatomy: Anatomy, plan: PruningPlan, target: Target) -> Findings:
     return replace(found, stacks=tuple(stacks))
 
 
-def _num_parameters(model: nn.Module) -> int:
-    """Parameters of the model, its adapters left out; tied ones count once."""
-    return sum(p.numel() for p in own_parameters(model))
-
-
 def _record(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
     """What `config.pruning` will say: the plan by original index, and what it did to the widths."""
     from hf_cka import __version__
@@ -263,7 +259,7 @@ def _record(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
         "hf_cka_version": __version__,
         "plan": whole.to_dict(),
         "widths_before": old.get("widths_before") or widths_of(anatomy),
-        "parameters_before": old.get("parameters_before", _num_parameters(anatomy.model)),
+        "parameters_before": old.get("parameters_before", num_parameters(anatomy.model)),
     }
 
 

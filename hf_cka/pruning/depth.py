@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, Structure, check_usable, score
 from hf_cka.pruning.criteria.depth import DEPTH
-from hf_cka.pruning.criteria.leave_one_out import calls_of
+from hf_cka.pruning.criteria.leave_one_out import calls_of, is_chain
 from hf_cka.pruning.removable import TooLittleError
 from hf_cka.pruning.state import Run, sharing_copy
 
@@ -238,7 +238,7 @@ def decisive(run: Run, chosen: Sequence[Structure], scores: DepthScores) -> floa
 def counted(run: Run, scores: DepthScores) -> tuple[int, int]:
     """Return the layer calls that scoring took, and what all candidates would have taken, in one pass."""
     length = scores.structures[0].length
-    in_full = calls_of(run.anatomy.num_layers, run.candidates(length)) * scores.chunks
+    in_full = calls_of(run.anatomy.num_layers, run.candidates(length), is_chain(run.anatomy)) * scores.chunks
     return scores.layer_calls, in_full
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria import DEPTH, width_criteria
-from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, check_usable, score
+from hf_cka.pruning.criteria.base import CriterionEntry, DepthScores, WidthScores, check_usable, score
 from hf_cka.pruning.criteria.branches import RULES, USES
 from hf_cka.pruning.depth import counted, details_of, named, notes_of, score_structures
 from hf_cka.pruning.state import Run, sharing_copy
@@ -232,13 +232,17 @@ def _depth_branch(run: Run, entry: CriterionEntry) -> Branch | str:
 
 def _width_branch(run: Run, entry: CriterionEntry, budget: int) -> Branch | str:
     """Remove as many parameters from the width of all layers; or say why that is not possible."""
-    choice = width_choice(run.anatomy, run.config.width)
-    try:
-        choice.check_any()
-        step = _width_step(choice.parameters, budget, _carry(run), choice.settings)
-    except ValueError as error:
-        return f"width: {error}"
-    scores = score(entry, run.context(), None, run.config.order)
+    scores: WidthScores | None = None
+    for scored in (False, True):  # what is out of reach is known before anything is scored
+        if scored:
+            scores = score(entry, run.context(), None, run.config.order)
+        choice = width_choice(run.anatomy, run.config.width, scores)
+        try:
+            choice.check_any()
+            step = _width_step(choice.parameters, budget, _carry(run), choice.settings)
+        except ValueError as error:
+            return f"width: {error}"
+    assert scores is not None
     plan = sizes_plan(run.anatomy, scores, choice.whole(step.sizes), choice.settings.inner)
     return Branch("width", plan, step.carry, notes=choice.notes)
 

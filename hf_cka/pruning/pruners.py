@@ -14,18 +14,19 @@ from torch import nn
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.anatomy.model import unwrap
 from hf_cka.data import Batch
+from hf_cka.modeling.carried import adapter_configs
+from hf_cka.modeling.counting import num_parameters
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
-from hf_cka.pruning.adapters import adapter_configs
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria import DEPTH, width_criteria
 from hf_cka.pruning.criteria.base import check_usable
 from hf_cka.pruning.depth import check_reachable, prune_depth
 from hf_cka.pruning.history import PruningHistory, PruningStep, data_digest, model_digest
 from hf_cka.pruning.mixture import check_mixture, prune_mixture
-from hf_cka.pruning.removable import Removable, TooLittleError, num_parameters, plan_for
+from hf_cka.pruning.removable import Removable, TooLittleError, plan_for
 from hf_cka.pruning.repair import repair
-from hf_cka.pruning.state import Run, sharing_copy
+from hf_cka.pruning.state import Run, protected_layers, sharing_copy
 from hf_cka.pruning.width import width_choice
 from hf_cka.pruning.width_budgets import STRUCTURES as WIDTHS
 from hf_cka.pruning.width_run import check_width, prune_width, refuse_nothing
@@ -182,26 +183,38 @@ def could_go(anatomy: Anatomy, stacks: Iterable[str], config: PruningConfig) -> 
     Raises:
         ValueError: if nothing can go from any of them.
     """
-    could = {path: most for path in stacks if (most := _most(anatomy.on(path), config))}
+    could, reasons = {}, []
+    for path in stacks:
+        most, reason = _most(anatomy.on(path), config)
+        if most:
+            could[path] = most
+        else:
+            reasons.append(f"{path}: {reason}")
     if not could:
-        raise ValueError(f"Nothing can be removed from any of {', '.join(stacks)}.")
+        raise ValueError("No stack can lose anything. " + " ".join(reasons))
     return dict(sorted(could.items(), key=lambda item: item[1]))
 
 
-def _most(anatomy: Anatomy, config: PruningConfig) -> int:
-    """Parameters that a stack could lose."""
+def _most(anatomy: Anatomy, config: PruningConfig) -> tuple[int, str]:
+    """Parameters that a stack could lose, and why there are none."""
     if config.pruner != "width":
-        removable = Removable(anatomy)
-        pool = removable.candidates(STRUCTURES[config.structures], ())
-        return removable.parameters(removable.most(pool)) if pool else 0
+        removable, kinds = Removable(anatomy), STRUCTURES[config.structures]
+        protected = protected_layers(anatomy, config, anatomy.num_layers)
+        pool = removable.candidates(kinds, protected)
+        return (removable.parameters(removable.most(pool)), "") if pool else (0, removable.why_none(kinds, protected))
     choice = width_choice(anatomy, config.width)
+    try:
+        choice.check_any()
+    except ValueError as error:
+        return 0, str(error)
     take_groups, take_units = WIDTHS[choice.settings.structures]
     sizes = choice.parameters.sizes
-    return sum(
+    most = sum(
         part.group * max(0, groups - config.width.min_groups) * take_groups
         + part.unit * max(0, units - part.least) * take_units
         for part, groups, units in zip(choice.parameters.layers, sizes.kv_groups, sizes.units, strict=True)
     )
+    return most, ""
 
 
 def _prune_several(

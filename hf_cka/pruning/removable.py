@@ -8,27 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
-
 from hf_cka.anatomy import Anatomy
+from hf_cka.modeling.counting import Weights, own_named
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.pruning.adapters import own_parameters
 from hf_cka.pruning.criteria.base import Kind, Structure
-from hf_cka.pruning.width_parameters import Weights, own_named
 
 
 class TooLittleError(ValueError):
     """What is to go is less than the smallest thing that can."""
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Return the parameters of a model, embeddings included and adapters left out; tied ones count once.
-
-    Example:
-        >>> num_parameters(nn.Linear(3, 2))
-        8
-    """
-    return sum(p.numel() for p in own_parameters(model))
 
 
 def plan_for(anatomy: Anatomy, **what: Any) -> PruningPlan:

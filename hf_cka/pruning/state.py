@@ -14,12 +14,13 @@ from torch import nn
 
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
+from hf_cka.modeling.counting import num_parameters
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.config import STRUCTURES, PruningConfig
 from hf_cka.pruning.criteria.base import Kind, ScoringContext, Structure
 from hf_cka.pruning.history import PruningHistory, PruningStep
-from hf_cka.pruning.removable import Removable, num_parameters
+from hf_cka.pruning.removable import Removable
 from hf_cka.representations import Pooling, resolve_pooling
 
 
@@ -110,14 +111,7 @@ class Run:
         Raises:
             ValueError: for an index out of range, or a stack that is not there.
         """
-        count, protect = self.plan.num_layers, self.config.protect
-        if isinstance(protect, Mapping):
-            here = [indices for name, indices in protect.items() if self.anatomy.on(name).stack.path == self.stack]
-            protect = tuple(i for indices in here for i in indices)
-        wrong = [i for i in protect if not -count <= i < count]
-        if wrong:
-            raise ValueError(f"protect={list(wrong)} is out of range: the model has {count} layers.")
-        wanted = {i % count for i in protect}
+        wanted = protected_layers(self.anatomy, self.config, self.plan.num_layers)
         return {now for now, before in enumerate(self.plan.kept_layers) if before in wanted}
 
     def remove(self, structures: Sequence[Structure]) -> None:
@@ -173,6 +167,27 @@ class Run:
             self.history.save(self.output)
         if self.on_step is not None:
             self.on_step(step)
+
+
+def protected_layers(anatomy: Anatomy, config: PruningConfig, count: int) -> set[int]:
+    """Return the layers of a stack that a config protects, by original index.
+
+    Args:
+        anatomy: of the stack.
+        config: with `protect`.
+        count: how many layers the stack had before anything was removed.
+
+    Raises:
+        ValueError: for an index out of range, or a stack that is not there.
+    """
+    protect = config.protect
+    if isinstance(protect, Mapping):
+        here = [layers for name, layers in protect.items() if anatomy.on(name).stack.path == anatomy.stack.path]
+        protect = tuple(i for layers in here for i in layers)
+    wrong = [i for i in protect if not -count <= i < count]
+    if wrong:
+        raise ValueError(f"protect={wrong} is out of range: the model has {count} layers.")
+    return {i % count for i in protect}
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy import OUTPUTS, Anatomy
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 from hf_cka.modeling.modeling_hf_cka import arguments_of
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.criteria.base import Structure
@@ -43,7 +43,7 @@ from hf_cka.pruning.criteria.replay import (
     with_input,
 )
 from hf_cka.pruning.criteria.weights import holder_of
-from hf_cka.representations import check_runnable, forward, num_rows, rows_of, token_mask
+from hf_cka.representations import check_runnable, forward, rows_of, token_mask
 
 # A branch is added to the residual stream if doubling its output moves the stream by a multiple of that output, up to
 # this part of it. Rounding stays below; a norm in between is far above.
@@ -161,7 +161,7 @@ class Walk:
         for index, batch in enumerate(batches):
             token_mask(batch, index)  # refuses what is no batch
             rows = self._start(batch)
-            rows.first = sum(num_rows(earlier.batch) for earlier in self.rows)
+            rows.first = sum(batch_rows(earlier.batch) for earlier in self.rows)
             self.rows.append(rows)
         if not self.rows:
             raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")

@@ -14,11 +14,12 @@ import torch
 
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.lookup import lookup
+from hf_cka.modeling.counting import Weights
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.criteria.base import WidthScores
 from hf_cka.pruning.removable import plan_for
 from hf_cka.pruning.width_budgets import BUDGETS, STRUCTURES, WidthSettings, WidthStep, width_step
-from hf_cka.pruning.width_parameters import LayerParameters, ModelParameters, Weights, WidthSizes, layer_parameters
+from hf_cka.pruning.width_parameters import LayerParameters, ModelParameters, WidthSizes, layer_parameters
 
 __all__ = [
     "BUDGETS",
@@ -217,6 +218,8 @@ def sizes_plan(anatomy: Anatomy, scores: WidthScores, sizes: WidthSizes, inner: 
         ):
             if count == full:
                 continue
+            if not len(values):
+                raise ValueError(f"The criterion gave the {name} of layer {layer} no scores, so all {full} must stay.")
             if len(values) != full:
                 raise ValueError(
                     f"{len(values)} scores of {name} in layer {layer}, which has {full}: score this very model."

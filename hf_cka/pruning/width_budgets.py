@@ -111,8 +111,8 @@ def width_step(
 
     The attention owes its proportional share of the budget. It is accumulated in ``carry``, in fractions of a KV
     group, and a group goes from every layer when a whole one is owed. Under the rule ``"exact"`` the MLP takes the
-    exact remainder of the budget, and the attention what the MLP cannot; under ``"proportional"`` it loses its own share only, as in the papers' released
-    code.
+    exact remainder of the budget, and the attention what the MLP cannot; under ``"proportional"`` it loses its own
+    share only, as in the papers' released code.
 
     Args:
         parameters: of the model as it is.

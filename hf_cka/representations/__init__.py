@@ -4,7 +4,7 @@ Readouts are taken by hooks inside the layers, because ``hidden_states[-1]`` of 
 norm. No decisions are taken here.
 """
 
-from hf_cka.representations.masks import num_rows, rows_of
+from hf_cka.representations.masks import rows_of
 from hf_cka.representations.pooling import SINK_TOKENS, Pooling, default_pooling, pool, resolve_pooling
 from hf_cka.representations.readouts import Readouts, collect, stream_cka
 from hf_cka.representations.running import (
@@ -28,7 +28,6 @@ __all__ = [
     "evaluating",
     "forward",
     "is_main_process",
-    "num_rows",
     "pool",
     "resolve_pooling",
     "rows_of",

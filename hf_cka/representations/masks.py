@@ -10,42 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 
 if TYPE_CHECKING:
     from hf_cka.anatomy import Anatomy
-
-# What a batch may be counted by, the surest first.
-_MAIN = (
-    "input_ids",
-    "inputs_embeds",
-    "input_features",
-    "input_values",
-    "decoder_input_ids",
-    "pixel_values",
-    "inputs",
-    "audio_values",
-)
-
-
-def num_rows(batch: Batch) -> int:
-    """Return the number of samples in a batch.
-
-    Args:
-        batch: a model-ready dict.
-
-    Raises:
-        ValueError: if it holds no tensor.
-
-    Example:
-        >>> num_rows({"pixel_values": torch.zeros(3, 1, 4, 4)})
-        3
-    """
-    for name in (*_MAIN, *batch):
-        value = batch.get(name)
-        if isinstance(value, torch.Tensor) and value.ndim:
-            return len(value)
-    raise ValueError(f"The batch holds no tensor; its keys are: {', '.join(batch)}.")
 
 
 def rows_of(hidden: torch.Tensor, batch: Batch, anatomy: Anatomy) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +35,7 @@ def rows_of(hidden: torch.Tensor, batch: Batch, anatomy: Anatomy) -> tuple[torch
         >>> rows.shape, mask.shape
         (torch.Size([2, 9, 8]), torch.Size([2, 9]))
     """
-    hidden = _by_sample(hidden, num_rows(batch))
+    hidden = _by_sample(hidden, batch_rows(batch))
     shape = hidden.shape[:2]
     names = ("decoder_attention_mask",) if _decodes(batch, anatomy) else ("attention_mask", "decoder_attention_mask")
     for name in names:
@@ -89,7 +57,7 @@ def _by_sample(hidden: torch.Tensor, rows: int) -> torch.Tensor:
         hidden = hidden.flatten(1, -2)
     elif hidden.ndim == 2:
         return hidden.reshape(rows, -1, hidden.shape[-1]) if len(hidden) % rows == 0 else hidden.unsqueeze(0)
-    if len(hidden) == rows or rows % len(hidden) == 0 and len(hidden) > 1:
+    if len(hidden) == rows or (rows % len(hidden) == 0 and len(hidden) > 1):
         return hidden
     if hidden.shape[1] == rows:
         return hidden.transpose(0, 1)

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.anatomy.twin import tensors_of
-from hf_cka.data import Batch, CalibrationInfo, batch_digests
+from hf_cka.data import Batch, CalibrationInfo, batch_digests, batch_rows
 from hf_cka.modeling.modeling_hf_cka import main_input
-from hf_cka.representations.masks import num_rows, rows_of
+from hf_cka.representations.masks import rows_of
 from hf_cka.representations.pooling import Pooling, pool
 
 
@@ -156,7 +156,7 @@ def token_mask(batch: Batch, index: int = 0) -> torch.Tensor:
                 f"Batch {index} needs input_ids (batch, tokens), pixel_values, input_features or another tensor that "
                 f"the model reads; its keys are: {', '.join(batch)}."
             )
-        return torch.ones(num_rows(batch), 1, dtype=torch.bool)  # pictures and sound: one whole a sample
+        return torch.ones(batch_rows(batch), 1, dtype=torch.bool)  # pictures and sound: one whole a sample
     if given.ndim < 2:
         raise ValueError(f"input_ids of batch {index} has shape {tuple(given.shape)}; (batch, tokens) is needed.")
     mask = batch.get("attention_mask")
@@ -221,11 +221,15 @@ def _with_target(model: Any, inputs: dict[str, Any], batch: Batch) -> dict[str, 
     start = getattr(config, "decoder_start_token_id", None)
     start = getattr(config, "pad_token_id", None) if start is None else start
     labels = batch.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.ndim == 2 and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    if (
+        isinstance(labels, torch.Tensor)
+        and labels.ndim == 2
+        and hasattr(model, "prepare_decoder_input_ids_from_labels")
+    ):
         return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
     if "input_ids" in inputs and not hasattr(model, "generate"):
         return inputs  # a classifier shifts its own input
-    return {**inputs, "decoder_input_ids": torch.full((num_rows(batch), 1), start or 0)}
+    return {**inputs, "decoder_input_ids": torch.full((batch_rows(batch), 1), start or 0)}
 
 
 class _Tap:

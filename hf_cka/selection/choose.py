@@ -190,9 +190,7 @@ class _Question:
         data = self.data()
         if isinstance(data, Readouts):
             return data
-        return collect(
-            self.model, data, pooling=self.pooling, stack=self.anatomy.layers_path, progress=self.progress
-        )
+        return collect(self.model, data, pooling=self.pooling, stack=self.anatomy.layers_path, progress=self.progress)
 
 
 _Answer = tuple[Scores, CalibrationInfo | None]

@@ -103,7 +103,9 @@ def test_the_twin_of_a_larger_model_says_the_same(model_type, divisor):
         large = cls(config)
     small = cls(shrunk(config, divisor))
     scaled_up = findings_of(cls, config, large).stacks[0].layers[1].widths
-    for width_there, width_here in zip(scaled_up, findings_of(cls, small.config, small).stacks[0].layers[1].widths, strict=True):
+    for width_there, width_here in zip(
+        scaled_up, findings_of(cls, small.config, small).stacks[0].layers[1].widths, strict=True
+    ):
         assert width_there.name == width_here.name
         for s in width_there.slices:
             shape = dict(large.named_parameters())[f"{find_anatomy(large).layer_name(1)}.{s.parameter}"].shape
@@ -192,7 +194,9 @@ def test_the_table_says_what_can_go():
 
 
 def test_what_is_known_is_found_out_once(monkeypatch):
-    config = LlamaConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=4, vocab_size=48)
+    config = LlamaConfig(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=4, vocab_size=48
+    )
     first = find_anatomy(LlamaForCausalLM(config))
     monkeypatch.setattr("hf_cka.anatomy.model.discover", lambda model: pytest.fail("it was found out again"))
     assert find_anatomy(LlamaForCausalLM(config)).findings is first.findings

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 
 from hf_cka.modeling import CheckpointError, load_pruned, save_pruned, verify, verify_many
 from hf_cka.modeling import checkpoint as room
-from hf_cka.modeling.probe import align
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.probe import align
 from hf_cka.modeling.surgery import apply_plan
 from tests.tiny import tiny_batch, tiny_model
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_cka.modeling.checkpoint import save_pruned
-from hf_cka.modeling.probe import first_output
-from hf_cka.modeling.verification import probe_inputs, verify_many
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.probe import first_output
 from hf_cka.modeling.surgery import apply_plan
+from hf_cka.modeling.verification import probe_inputs, verify_many
 from tests.tiny import ENCODERS, SETTINGS, tiny_batch, tiny_model
 
 FIXED_HEADS = ("gpt2", "gpt_neox", "opt", *ENCODERS)

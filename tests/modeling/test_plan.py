@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from hf_cka.anatomy import FAMILIES, LayerSizes
 from hf_cka.modeling.plan import PruningPlan, as_ranges, from_ranges, groups_of_heads
-from hf_cka.pruning.price import CostTable
+from hf_cka.modeling.price import CostTable
 from hf_cka.modeling.surgery import apply_plan
 from tests.tiny import SETTINGS, tiny_config, tiny_model
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_cka.modeling import save_pruned
-from hf_cka.modeling.probe import align
 from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.probe import align
 from hf_cka.modeling.surgery import apply_plan
 from tests.tiny import tiny_batch, tiny_model
 

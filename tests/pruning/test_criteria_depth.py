@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hf_cka.anatomy import find_anatomy
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, score
 from hf_cka.pruning.criteria.depth import DEPTH
 from hf_cka.pruning.criteria.shapes import DISSIMILARITIES
 from hf_cka.pruning.removable import Removable
-from hf_cka.modeling.surgery import apply_plan
 from hf_cka.representations import Pooling, resolve_pooling
 from hf_cka.similarity import cka
 from tests.tiny import tiny_batch, tiny_model

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_cka.anatomy import find_anatomy
 from hf_cka.lookup import lookup
@@ -15,7 +17,7 @@ from hf_cka.pruning.criteria.inputs import output_projections, tapped
 from hf_cka.pruning.criteria.width import WIDTH
 from hf_cka.pruning.criteria.width_refit import eliminate
 from hf_cka.representations import Pooling
-from tests.tiny import DECODERS, SETTINGS, tiny_batch, tiny_model
+from tests.tiny import DECODERS, SETTINGS, output_paths, tiny_batch, tiny_model
 
 ACTIVATION_BASED = ("amp", "activation_norm", "taylor", "wanda", "flap", "variance", "kl", "obs")
 
@@ -57,8 +59,8 @@ def inputs_by_row(model, batch) -> dict:
 
 def matrix(model, layer, role):
     anatomy = find_anatomy(model)
-    module = anatomy.layer(layer).get_submodule(anatomy.projections(layer)[role])
-    return (module.weight.T if anatomy.family.transposed else module.weight).double()
+    module = anatomy.layer(layer).get_submodule(output_paths(anatomy.model_type)[role])
+    return (module.weight.T if anatomy.model_type == "gpt2" else module.weight).double()
 
 
 def grouped(values, anatomy, layer):
@@ -106,7 +108,7 @@ def test_taylor_is_weight_times_weight_gradient(model_type):
         loss.backward()
         for layer, role, module in output_projections(anatomy):
             product = (module.weight * module.weight.grad).double()
-            columns = product.sum(dim=1 if anatomy.family.transposed else 0)
+            columns = product.sum(dim=1 if model_type == "gpt2" else 0)
             count = anatomy.sizes(layer).num_kv_heads if role == "o" else len(columns)
             value = columns.reshape(count, -1).sum(1).abs() / 2
             expected[layer, role] = expected.get((layer, role), 0) + value
@@ -263,14 +265,16 @@ def test_magnitude_counts_every_weight_of_a_group_once(model_type):
     anatomy = find_anatomy(model)
     scores = score_width(model, [], "magnitude")
     for layer in range(anatomy.num_layers):
-        norms = {role: matrix(model, layer, role).square().sum() for role in anatomy.projections(layer)}
-        mlp = {"gate", "up", "gate_up", "down"}
-        torch.testing.assert_close(
-            scores.units[layer].square().sum(), sum(v for role, v in norms.items() if role in mlp)
-        )
-        torch.testing.assert_close(
-            scores.kv_groups[layer].square().sum(), sum(v for role, v in norms.items() if role not in mlp)
-        )
+        mlp = attention = torch.zeros((), dtype=torch.float64)
+        for name, module in anatomy.layer(layer).named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                squares = module.weight.double().square().sum()
+                if re.match(r"mlp|ffn|fc[12]|intermediate|output", name):
+                    mlp = mlp + squares
+                else:
+                    attention = attention + squares
+        torch.testing.assert_close(scores.units[layer].square().sum(), mlp)
+        torch.testing.assert_close(scores.kv_groups[layer].square().sum(), attention)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "gpt2"])
@@ -279,7 +283,7 @@ def test_magnitude_finds_a_group_in_fused_projections(model_type):
     model = tiny_model(model_type)
     anatomy = find_anatomy(model)
     before = score_width(model, [], "magnitude").kv_groups[0]
-    attention = anatomy.attention(0)
+    attention = anatomy.layer(0).get_submodule({"gpt_neox": "attention", "gpt2": "attn"}.get(model_type, "self_attn"))
     with torch.no_grad():
         if model_type == "llama":
             for module, rows in ((attention.q_proj, slice(16, 32)), (attention.v_proj, slice(8, 16))):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hf_cka.anatomy import find_anatomy
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria.base import KINDS, ScoringContext, Structure
 from hf_cka.pruning.criteria.leave_one_out import leave_one_out
 from hf_cka.pruning.removable import Removable
-from hf_cka.modeling.surgery import apply_plan
 from hf_cka.representations import Pooling
 from tests.tiny import SETTINGS, tiny_batch, tiny_model
 

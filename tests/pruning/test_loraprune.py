@@ -17,7 +17,7 @@ from hf_cka.pruning.criteria.width import WIDTH
 from hf_cka.pruning.pruners import prune
 from hf_cka.pruning.width_budgets import WidthSettings
 from hf_cka.representations import resolve_pooling
-from tests.pruning.test_adapters import adapted
+from tests.modeling.test_carried import adapted
 from tests.tiny import tiny_batch, tiny_model
 
 
@@ -61,38 +61,20 @@ def test_with_full_rank_the_estimate_is_the_gradient():
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "gpt_neox"])
 def test_what_cannot_change_the_loss_goes_first(model_type):
     """A unit and a group whose output is thrown away, and on whose rows the adapters did nothing."""
-    from hf_cka.modeling import modeling_hf_cka as code
-
     model = adapted(model_type)
     anatomy = find_anatomy(model)
-    sizes, layer, layout = anatomy.sizes(1), anatomy.layer(1), anatomy.family.to_dict()
-    touched = {}
-
-    def mark(module, index, outputs, transposed):
-        gone = torch.ones(module.out_features if outputs else module.in_features, dtype=torch.bool)
-        gone[index] = False
-        touched[module] = outputs, gone.nonzero().flatten()
-
-    groups = [g for g in range(sizes.num_kv_heads) if g != 1]
-    code.keep_groups(layer, layout, groups, sizes.num_heads, sizes.num_kv_heads, mark)
-    code.keep_units(layer, layout, [u for u in range(48) if u != 5], mark)
+    layer = anatomy.layer(1)
     with torch.no_grad():
-        for module, (outputs, gone) in touched.items():
-            if outputs:
-                module.lora_B["default"].weight[gone] = 0
-            else:
-                module.lora_A["default"].weight[:, gone] = 0
-                module.base_layer.weight.index_fill_(0 if layout["transposed"] else 1, gone, 0)
-    # the sizes of the attention were rewritten by `keep_groups`, which only marked
-    for attribute, size in layout["attention_sizes"].items():
-        per_group = sizes.num_heads // sizes.num_kv_heads
-        now = {
-            "heads": sizes.num_heads,
-            "kv_heads": sizes.num_kv_heads,
-            "groups": per_group,
-            "query_width": sizes.num_heads * sizes.head_dim,
-        }
-        setattr(code.part(layer, layout["attention_core"]), attribute, now[size])
+        for kind, member in (("heads", 1), ("units", 5)):
+            for part in anatomy.width(1, kind).slices:
+                if not part.parameter.endswith(".weight"):
+                    continue
+                module, gone = layer.get_submodule(part.module), torch.tensor(part.indices([member]))
+                if (part.axis == 0) != (model_type == "gpt2"):  # GPT-2 stores the transpose
+                    module.lora_B["default"].weight[gone] = 0
+                else:
+                    module.lora_A["default"].weight[:, gone] = 0
+                    module.base_layer.weight.index_fill_(part.axis, gone, 0)
     scores = width(model)
     assert (int(scores.units[1].argmin()), float(scores.units[1][5])) == (5, 0)
     assert (int(scores.kv_groups[1].argmin()), float(scores.kv_groups[1][1])) == (1, 0)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from hf_cka import PruningConfig
+from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.config import METHODS, PAPERS
 from hf_cka.pruning.criteria import DEPTH
 from hf_cka.pruning.history import FILE, PruningHistory
-from hf_cka.modeling.plan import PruningPlan
 from tests.pruning.runs import BATCHES, MODEL, run
 from tests.tiny import tiny_model
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from hf_cka.anatomy import find_anatomy
+from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.criteria.base import ScoringContext
 from hf_cka.pruning.criteria.width import WIDTH
 from hf_cka.pruning.normal_equations import DAMPINGS, NormalEquations
-from hf_cka.modeling.plan import PruningPlan
 from hf_cka.pruning.repair import repair
-from hf_cka.modeling.surgery import apply_plan
 from hf_cka.pruning.walk import Walk
 from hf_cka.pruning.width import WidthSettings, width_plan
 from hf_cka.representations import Pooling
-from tests.tiny import SETTINGS, tiny_batch, tiny_model
+from tests.tiny import SETTINGS, output_paths, tiny_batch, tiny_model
 
 ONE_BY_ONE = tuple(name for name in SETTINGS if name != "deberta-v2")  # a convolution follows its first layer
 
@@ -28,7 +28,7 @@ def plan_for(model, **more) -> PruningPlan:
     groups = anatomy.sizes(1).num_kv_heads
     return PruningPlan(
         anatomy.num_layers,
-        anatomy.family.name,
+        anatomy.model_type,
         kept_groups={1: range(groups - 1)},
         kept_units={0: range(0, 48, 2), 1: range(30), 3: range(10, 40)},
         **more,
@@ -126,7 +126,7 @@ def test_mean_shift_corrects_the_mean(model_type):
     report = repair(repaired, plan, batches, "mean_shift", progress=False)
     assert all(step.after < step.before for step in report.repaired)
     # in the first layer the inputs are those of the dense model: the mean output of its MLP is restored
-    anatomy, path = find_anatomy(dense), find_anatomy(dense).projections(0)["down"]
+    anatomy, path = find_anatomy(dense), output_paths(model_type)["down"]
     means = []
     first = PruningPlan(4, plan.model_type, kept_units={0: plan.kept_units[0]})
     for model in (dense, apply_plan(repaired, first)):

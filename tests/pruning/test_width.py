@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from hf_cka.anatomy import find_anatomy
-from hf_cka.pruning.criteria.base import WidthScores
 from hf_cka.modeling.surgery import apply_plan
+from hf_cka.pruning.criteria.base import WidthScores
 from hf_cka.pruning.width import (
     BUDGETS,
     LayerParameters,

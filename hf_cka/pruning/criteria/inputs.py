@@ -17,11 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import OUTPUTS, Anatomy, Slice, Width
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 from hf_cka.pruning.criteria.experts import watched
 from hf_cka.pruning.criteria.replay import unreached
 from hf_cka.pruning.criteria.weights import holder_of, member_order, stored
-from hf_cka.representations import check_runnable, evaluating, forward, num_rows, rows_of, token_mask
+from hf_cka.representations import check_runnable, evaluating, forward, rows_of, token_mask
 
 #: The two projections whose inputs are heads and units.
 OUTPUT_ROLES = tuple(OUTPUTS)
@@ -91,7 +91,7 @@ def tokens_of(values: torch.Tensor, batch: Batch, anatomy: Anatomy) -> Tokens:
     hidden, mask = by_sample(values, batch, anatomy)
     if mask is not None:
         return select_tokens(hidden, mask)
-    return _loose(hidden.reshape(-1, hidden.shape[-1]), num_rows(batch))
+    return _loose(hidden.reshape(-1, hidden.shape[-1]), batch_rows(batch))
 
 
 def by_sample(values: torch.Tensor, batch: Batch, anatomy: Anatomy) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -102,7 +102,7 @@ def by_sample(values: torch.Tensor, batch: Batch, anatomy: Anatomy) -> tuple[tor
         batch: that the model was run on.
         anatomy: of the model.
     """
-    rows = num_rows(batch)
+    rows = batch_rows(batch)
     if values.ndim > 3:  # maps and windows, sample by sample: the features are last already
         values = values.flatten(1, -2)
     elif values.ndim < 3 and len(values) % rows:
@@ -134,7 +134,7 @@ def routed_rows(
     """
     _, mask = by_sample(hidden, batch, anatomy)
     if selected is None or mask is None:
-        return torch.arange(count) * num_rows(batch) // max(count, 1), torch.ones(count, dtype=torch.bool)
+        return torch.arange(count) * batch_rows(batch) // max(count, 1), torch.ones(count, dtype=torch.bool)
     selected = selected.cpu()
     return selected // mask.shape[1], mask.flatten()[selected]
 
@@ -314,7 +314,7 @@ def stream_inputs(
             reading.batch = batch
             forward(anatomy, batch)
             reading.finish()
-            prompts += num_rows(batch)
+            prompts += batch_rows(batch)
     if not prompts:
         raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
     return prompts
@@ -352,12 +352,12 @@ class _Reading:
         selected = torch.cat(known) if len(known) == len(parts) else None
         prompt, keep = routed_rows(len(values), selected, parts[0][2], self.batch, self.anatomy)
         if selected is None:
-            self.hand_over(layer, role, _loose(values, num_rows(self.batch)))
+            self.hand_over(layer, role, _loose(values, batch_rows(self.batch)))
             return
         values, prompt = values[keep.to(values.device)], prompt[keep]
-        weight = (1 / torch.bincount(prompt, minlength=num_rows(self.batch)).double())[prompt]
+        weight = (1 / torch.bincount(prompt, minlength=batch_rows(self.batch)).double())[prompt]
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        self.hand_over(layer, role, Tokens(values, weight, prompt, num_rows(self.batch)))
+        self.hand_over(layer, role, Tokens(values, weight, prompt, batch_rows(self.batch)))
 
     def hand_over(self, layer: int, role: str, tokens: Tokens) -> None:
         if not tokens.values.isfinite().all():

@@ -115,8 +115,7 @@ def leave_one_out(
     if beyond:
         raise ValueError(f"{', '.join(beyond)}: the model has layers 0 to {anatomy.num_layers - 1}.")
     check_runnable(anatomy.model)
-    # what the experiments on the twin found no way to remove may do more than pass a stream on
-    shared = shared and all(layer.visits == 1 and not layer.reason for layer in anatomy.stack.layers)
+    shared = shared and is_chain(anatomy)
     collected = _Collected(context, len(structures), readouts, logits)
     calls = count = 0
     with evaluating(anatomy.model), torch.no_grad():
@@ -129,17 +128,30 @@ def leave_one_out(
     return collected.result(tuple(structures), calls, count)
 
 
-def calls_of(num_layers: int, structures: Sequence[Structure]) -> int:
+def is_chain(anatomy: Anatomy) -> bool:
+    """Return whether layers do nothing but hand a stream on, so that candidates can share their prefix.
+
+    Args:
+        anatomy: of the stack. What the experiments on its twin found no way to remove may do more than that.
+    """
+    return all(layer.visits == 1 and not layer.reason for layer in anatomy.stack.layers)
+
+
+def calls_of(num_layers: int, structures: Sequence[Structure], shared: bool = True) -> int:
     """Return how many layer calls one chunk takes: the model's own pass, and each candidate from its fork on.
 
     Args:
         num_layers: of the model.
         structures: what is left out.
+        shared: candidates share their prefix; otherwise each takes a whole pass of its own.
 
     Example:
-        >>> calls_of(30, [Structure("layer", i) for i in range(30)])
-        465
+        >>> layers = [Structure("layer", i) for i in range(30)]
+        >>> calls_of(30, layers), calls_of(30, layers, shared=False)
+        (465, 900)
     """
+    if not shared:
+        return num_layers + sum(num_layers - (s.length if s.kind == "layer" else 0) for s in structures)
     return num_layers + sum(num_layers - s.layers.stop + (s.kind != "layer") for s in structures)
 
 

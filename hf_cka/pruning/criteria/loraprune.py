@@ -13,14 +13,15 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import OUTPUTS, Anatomy
-from hf_cka.pruning.adapters import active_adapters
+from hf_cka.data import batch_rows
+from hf_cka.modeling.carried import active_adapters
 from hf_cka.pruning.criteria.base import DepthScores, ScoringContext, Structure, WidthScores
 from hf_cka.pruning.criteria.controls import requiring_gradients
 from hf_cka.pruning.criteria.groups import Values, group_sums, member_slices
 from hf_cka.pruning.criteria.replay import branch_of
 from hf_cka.pruning.criteria.weights import values_of
 from hf_cka.pruning.criteria.width_output import prompt_losses
-from hf_cka.representations import check_runnable, evaluating, num_rows, token_mask
+from hf_cka.representations import check_runnable, evaluating, token_mask
 
 # (layer, parameter relative to it) -> the projection that holds it, where that carries active LoRA adapters
 _Adapted = dict[tuple[int, str], Any]
@@ -138,7 +139,7 @@ def _importance(context: ScoringContext, adapted: _Adapted) -> Values:
             loss = prompt_losses(anatomy, batch, mask, index).sum()
             for total, gradient in zip(sums, torch.autograd.grad(loss, factors), strict=True):
                 total += gradient
-            prompts += num_rows(batch)
+            prompts += batch_rows(batch)
     gradients = {id(factor): total / prompts for factor, total in zip(factors, sums, strict=True)}
 
     def importance(layer: int, name: str) -> torch.Tensor | None:

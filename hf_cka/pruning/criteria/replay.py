@@ -18,10 +18,10 @@ from torch import nn
 from hf_cka.anatomy import Anatomy, Branch
 from hf_cka.anatomy.parts import Returns
 from hf_cka.anatomy.twin import tensors_of
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 from hf_cka.modeling.modeling_hf_cka import arguments_of, main_input
 from hf_cka.pruning.criteria.base import Structure
-from hf_cka.representations import forward, num_rows
+from hf_cka.representations import forward
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -285,7 +285,7 @@ def chunks(
     if logits:
         per_token += 4 * 4 * (getattr(config, "vocab_size", None) or 0)
     rows = max(1, memory // (per_token * _positions(batch, mask)))
-    count = num_rows(batch)
+    count = batch_rows(batch)
     # samples of which the parts are packed (patches of several pictures behind each other) stay together
     if any(isinstance(v, torch.Tensor) and v.ndim and len(v) not in (count, 1) for v in batch.values()):
         rows = count

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, Slice, Width
-from hf_cka.pruning.adapters import added_weight
+from hf_cka.modeling.carried import added_weight
 
 
 def holder_of(layer: nn.Module, name: str) -> Any:

@@ -11,13 +11,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 from hf_cka.modeling.modeling_hf_cka import main_input
 from hf_cka.pruning.criteria.base import ScoringContext, WidthScores
 from hf_cka.pruning.criteria.inputs import by_sample, routed_rows, tapped
 from hf_cka.pruning.criteria.outputs import own_loss, predictions, probabilities
 from hf_cka.pruning.criteria.replay import unreached, with_input
-from hf_cka.representations import check_runnable, evaluating, num_rows, token_mask
+from hf_cka.representations import check_runnable, evaluating, token_mask
 
 # Rows in one forward pass of the KL criterion: a batch is copied once per group that is tried.
 _KL_ROWS = 32
@@ -61,7 +61,7 @@ def score_taylor(context: ScoringContext) -> WidthScores:
                 raise unreached(anatomy, batch)
             losses.sum().backward()
             changes.finish()
-            prompts += num_rows(batch)
+            prompts += batch_rows(batch)
     return width_scores(anatomy, {key: total / prompts for key, total in changes.totals.items()})
 
 
@@ -98,7 +98,7 @@ class _Changes:
         return rows
 
     def _add_rows(self, layer: int, role: str, change: torch.Tensor, prompt: torch.Tensor, keep: torch.Tensor) -> None:
-        sums = change.new_zeros(num_rows(self.batch), change.shape[-1])
+        sums = change.new_zeros(batch_rows(self.batch), change.shape[-1])
         sums.index_add_(0, prompt[keep].to(change.device), change[keep.to(change.device)])
         self._add(layer, role, sums)
 
@@ -171,7 +171,7 @@ def score_kl(context: ScoringContext) -> WidthScores:
     with bar, evaluating(anatomy.model), tapped(anatomy, tap, routed), torch.no_grad():
         for index, batch in enumerate(context.batches):
             token_mask(batch, index)  # refuses what is no batch
-            rows = num_rows(batch)
+            rows = batch_rows(batch)
             prompts += rows
             intact, mask = probabilities(anatomy, batch)
             if counts and not seen:
@@ -274,7 +274,7 @@ def prompt_losses(anatomy: Anatomy, batch: Batch, mask: torch.Tensor, index: int
             "Add a 'labels' tensor to every batch, or use a criterion without a loss ('amp', 'wanda')."
         )
     else:
-        return own_loss(anatomy, batch, index).expand(num_rows(batch))
+        return own_loss(anatomy, batch, index).expand(batch_rows(batch))
     targets = targets.to(logits.device)
     losses = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     if logits.ndim == 2:

@@ -10,13 +10,13 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 from hf_cka.pruning.criteria.base import ScoringContext, WidthScores
 from hf_cka.pruning.criteria.inputs import linear_outputs, tapped
 from hf_cka.pruning.criteria.outputs import probabilities
 from hf_cka.pruning.criteria.weights import weight_matrix
 from hf_cka.pruning.criteria.width_output import group_counts, prompt_mean, width_scores
-from hf_cka.representations import check_runnable, evaluating, num_rows, token_mask
+from hf_cka.representations import check_runnable, evaluating, token_mask
 
 # Of the Gram matrix, relative to its mean diagonal: keeps it invertible, and collinear units apart.
 _DAMPING = 0.01
@@ -193,7 +193,7 @@ def _measure(context: ScoringContext, probes: Mapping[int, Probe]) -> dict[int, 
     with tapped(anatomy, tap), torch.no_grad():
         for index, batch in enumerate(_some(context.batches)):
             token_mask(batch, index)  # refuses what is no batch
-            prompts += num_rows(batch)
+            prompts += batch_rows(batch)
             trial = -1
             intact, mask = probabilities(anatomy, batch)
             for trial in tqdm(probes, desc="probing", unit="layer", disable=not context.progress, delay=2):

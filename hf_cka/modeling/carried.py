@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.modeling import modeling_hf_cka as code
@@ -31,29 +30,6 @@ def adapter_configs(model: Any) -> Mapping[str, Any]:
     """
     configs = getattr(model, "peft_config", None)
     return configs if isinstance(configs, Mapping) else {}
-
-
-def own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a model that are its own and not an adapter's, each once.
-
-    Args:
-        model: with or without adapters, or a part of one.
-
-    Example:
-        >>> sum(p.numel() for p in own_parameters(nn.Linear(3, 2)))
-        8
-    """
-    yield from dict.fromkeys(_own(model))
-
-
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    for inside in ("base_layer", "original_module"):  # of a tuner layer; of a module that is saved whole
-        if isinstance(getattr(module, inside, None), nn.Module):
-            yield from _own(getattr(module, inside))
-            return
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        yield from _own(child)
 
 
 def added_weight(module: Any) -> torch.Tensor | None:

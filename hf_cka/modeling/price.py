@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy import Anatomy, Branch, find_anatomy
+from hf_cka.modeling.counting import Weights, model_of, own_named, own_parameters
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.pruning.adapters import own_parameters
-from hf_cka.pruning.width_parameters import Weights, model_of, own_named
 
 if TYPE_CHECKING:
     from hf_cka.modeling.structure import Rung

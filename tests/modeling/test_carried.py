@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_cka.anatomy import find_anatomy
-from hf_cka.pruning.config import PruningConfig
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.pruning.pruners import prune
 from hf_cka.modeling.surgery import apply_plan, parameter_map
-from tests.pruning.test_surgery import make_plan, zero_out
+from hf_cka.pruning.config import PruningConfig
+from hf_cka.pruning.pruners import prune
+from tests.modeling.test_surgery import make_plan, zero_out
 from tests.tiny import tiny_batch, tiny_model
 
 # one family per layout of the weights: separate, fused (concatenated, interleaved), transposed, post-norm
