@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from hf_cka.anatomy import Anatomy, Width
 from hf_cka.anatomy.experts import never_picked
-from hf_cka.data import Batch
+from hf_cka.data import Batch, batch_rows
 from hf_cka.pruning.criteria.base import CriterionEntry, ScoringContext, WidthScores
 from hf_cka.pruning.criteria.groups import by_member
 from hf_cka.pruning.criteria.inputs import by_sample
 from hf_cka.pruning.criteria.outputs import probabilities
 from hf_cka.pruning.criteria.weights import stored, values_of
 from hf_cka.pruning.criteria.width_output import prompt_mean
-from hf_cka.representations import check_runnable, evaluating, forward, num_rows, token_mask
+from hf_cka.representations import check_runnable, evaluating, forward, token_mask
 
 
 def score_reap(context: ScoringContext) -> WidthScores:
@@ -101,7 +101,7 @@ def score_expert_kl(context: ScoringContext) -> WidthScores:
     with bar, evaluating(anatomy.model), torch.no_grad():
         for index, batch in enumerate(context.batches):
             token_mask(batch, index)  # refuses what is no batch
-            prompts += num_rows(batch)
+            prompts += batch_rows(batch)
             intact, mask = probabilities(anatomy, batch)
             for i, width in able.items():
                 for member in range(width.members):
@@ -273,7 +273,7 @@ def _uses(context: ScoringContext) -> dict[int, _Use]:
             for use in uses.values():
                 use.batch = batch
             forward(anatomy, batch)
-            prompts += num_rows(batch)
+            prompts += batch_rows(batch)
     if not prompts:
         raise ValueError("Calibration is empty: no batch came out of it. An iterator can be read only once.")
     return uses
