@@ -23,7 +23,7 @@ from hf_cka.anatomy.stacks import (
     watching,
     why_not_removable,
 )
-from hf_cka.anatomy.twin import Twin, distance, make_twin, outputs, tensors_of, text_alone
+from hf_cka.anatomy.twin import Twin, distance, make_twin, one_thread, outputs, tensors_of, text_alone
 from hf_cka.anatomy.widths import completed, find_widths, named, proven
 from hf_cka.modeling import modeling_hf_cka as code
 
@@ -38,6 +38,7 @@ _TRIED = 12
 Signature = tuple[Any, ...]
 
 
+@one_thread()
 def discover(model: Any) -> tuple[Findings, Twin | None]:
     """Find out what a model is made of.
 

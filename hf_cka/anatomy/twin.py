@@ -280,6 +280,17 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Experiments are thousands of tiny products: threads would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Experiments warn about settings that no user chose."""
     import transformers

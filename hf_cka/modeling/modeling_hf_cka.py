@@ -312,7 +312,8 @@ def narrow(
             raise ValueError(f"{path!r} has {size} indices along axis {axis}, fewer than {members} members take.")
         todo.append((module, name, axis, left_of(size, segments, members, kept)))
     sizes = [_new_size(layer, members, len(kept), *entry) for entry in data["attributes"]]
-    for module, name, axis, index in todo:
+    # buffers that are named before the rows that buffers without a name follow
+    for module, name, axis, index in sorted(todo, key=lambda t: isinstance(getattr(t[0], t[1], None), nn.Parameter)):
         cut(module, name, axis, index)
     for module, name, value in sizes:
         if name.startswith("config."):

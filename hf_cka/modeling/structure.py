@@ -15,7 +15,7 @@ import torch
 from hf_cka.anatomy import Anatomy, Stack
 from hf_cka.anatomy.model import dense_config, findings_of, twin_of
 from hf_cka.anatomy.stacks import removed, tried
-from hf_cka.anatomy.twin import distance, outputs, quiet
+from hf_cka.anatomy.twin import distance, one_thread, outputs, quiet
 from hf_cka.modeling import modeling_hf_cka as code
 
 if TYPE_CHECKING:
@@ -399,6 +399,7 @@ def _shorter(stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names:
     return found if isinstance(found, str) else copy.deepcopy(found)
 
 
+@one_thread()
 def _find_shorter(stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names: Sequence[str], model: Any) -> Any:
     general = "its layers compute with their own index, or others count them, so they keep their places"
     try:
