@@ -310,7 +310,9 @@ def narrow(
         size = old.shape[axis]
         if places(segments, [members - 1]).max() >= size:
             raise ValueError(f"{path!r} has {size} indices along axis {axis}, fewer than {members} members take.")
-        todo.append((module, name, axis, left_of(size, segments, members, kept)))
+        # buffers first: those of its size go with a weight, unless they are shorter by then
+        place = len(todo) if isinstance(old, nn.Parameter) else 0
+        todo.insert(place, (module, name, axis, left_of(size, segments, members, kept)))
     sizes = [_new_size(layer, members, len(kept), *entry) for entry in data["attributes"]]
     # buffers that are named before the rows that buffers without a name follow
     for module, name, axis, index in sorted(todo, key=lambda t: isinstance(getattr(t[0], t[1], None), nn.Parameter)):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, EncoderDecoderConfig, EncoderDecoderModel, LlamaConfig, LlamaForCausalLM
 
 from hf_cka.anatomy import LayerSizes, Slice, find_anatomy
+from hf_cka.anatomy.experts import in_double, never_picked
 from hf_cka.anatomy.model import findings_of
 from hf_cka.anatomy.stacks import bypassed
 from hf_cka.anatomy.twin import distance, make_twin, outputs, shrunk
@@ -77,10 +78,16 @@ def test_what_is_claimed_is_so(model_type, auto):
                 continue
             kept = {width.name: {index: range(1, width.members)}}
             plan = PruningPlan(anatomy.num_layers, anatomy.model_type, kept=kept)
-            with left_out(dict(anatomy.layer(index).named_parameters()), width, [0]):
-                expected = outputs(model, twin.batch)
-            pruned = apply_plan(copy.deepcopy(model), plan)
-            assert distance(expected, outputs(pruned, twin.batch)) < 1e3 * twin.tolerance, width.name
+            pruned, module = apply_plan(copy.deepcopy(model), plan), anatomy.layer(index)
+            if width.kind == "experts":
+                gone = never_picked(module, width, [0])
+            else:
+                gone = left_out(dict(module.named_parameters()), width, [0])
+            with in_double():
+                made = outputs(pruned, twin.batch)
+                with gone:
+                    expected = outputs(model, twin.batch)
+            assert distance(expected, made) < 1e3 * twin.tolerance, width.name
             assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
             tried += 1
     assert tried
