@@ -24,7 +24,6 @@ import torch
 
 from hf_cka.cli.demo_assets import cache_folder
 
-MNIST = Path("/usr/share/datasets/fashion-mnist")
 WORDS_OF_JFK = (
     "And so my fellow Americans ask not what your country can do for you ask what you can do for your country"
 )
@@ -97,7 +96,7 @@ def fashion_mnist(part: str, count: int | None = None, seed: int = 0) -> list[di
     """
     from PIL import Image
 
-    folder = MNIST if MNIST.is_dir() else _kept(cache_folder() / "fashion-mnist", _debian_package)
+    folder = _installed("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")
     pixels = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
     labels = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
     pixels = pixels.reshape(-1, 28, 28)
@@ -105,6 +104,29 @@ def fashion_mnist(part: str, count: int | None = None, seed: int = 0) -> list[di
     if count is not None:
         order = np.random.default_rng(seed).permutation(len(labels))[:count]
     return [{"image": Image.fromarray(pixels[i]), "label": int(labels[i])} for i in order]
+
+
+def sentences(part: str) -> list[dict[str, Any]]:
+    """Recordings with their words, of the test data of pocketsphinx.
+
+    Args:
+        part: "librivox" (five sentences of a book, 16 kHz, public domain) or "cards" (five names of playing cards).
+    """
+    folder = _installed("pocketsphinx-testdata", "usr/share/pocketsphinx/test/data") / part
+    script = folder / ("transcription" if part == "librivox" else "cards.transcription")
+    found = []
+    for line in script.read_text().splitlines():
+        text, _, name = line.replace("<s>", "").partition("</s>")
+        found.append({"audio": str(folder / f"{name.strip(' ()')}.wav"), "text": text.strip()})
+    return found
+
+
+def _installed(package: str, inside: str) -> Path:
+    """A folder of a Debian package, installed or not."""
+    root = Path("/")
+    if (root / inside).is_dir():
+        return root / inside
+    return _kept(cache_folder() / package, lambda target: _debian_package(target, package, inside))
 
 
 def _kept(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -148,16 +170,16 @@ def _unpack(archive: zipfile.ZipFile, inside: str, target: Path) -> None:
             file.write_bytes(archive.read(name))
 
 
-def _debian_package(target: Path) -> None:
+def _debian_package(target: Path, package: str, inside: str) -> None:
     scratch = target.parent
+    scratch.chmod(0o755)
     try:
-        for command in (["apt-get", "download", "dataset-fashion-mnist"], ["dpkg-deb", "-x"]):
-            files = [str(file) for file in scratch.glob("*.deb")]
-            more = [files[0], str(scratch / "root")] if command[0] == "dpkg-deb" else []
-            subprocess.run([*command, *more], cwd=scratch, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"Fashion-MNIST: install the Debian package dataset-fashion-mnist ({error}).") from error
-    shutil.move(scratch / "root" / MNIST.relative_to("/"), target)
+        subprocess.run(["apt-get", "download", package], cwd=scratch, check=True, capture_output=True)
+        file = next(scratch.glob("*.deb"))
+        subprocess.run(["dpkg-deb", "-x", str(file), str(scratch / "root")], check=True, capture_output=True)
+    except (OSError, StopIteration, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"{package}: install the Debian package of that name ({error}).") from error
+    shutil.move(scratch / "root" / inside, target)
 
 
 # ---- CTranslate2 ----
@@ -253,8 +275,3 @@ def _convert_whisper(source: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer = WhisperTokenizer.from_pretrained(source)
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(target)
-
-
-def words(file: Path) -> list[dict[str, Any]]:
-    """The row of the recording and what is said in it."""
-    return [{"audio": os.fspath(file), "text": WORDS_OF_JFK}]
