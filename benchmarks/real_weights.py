@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import shutil
 import struct
 import subprocess
@@ -227,7 +226,9 @@ def _convert_whisper(source: Path, target: Path) -> None:
         WhisperTokenizer,
     )
 
-    tensors = {name: torch.from_numpy(value.astype(np.float32)) for name, value in _ctranslate2(source / "model.bin").items()}
+    tensors = {
+        name: torch.from_numpy(value.astype(np.float32)) for name, value in _ctranslate2(source / "model.bin").items()
+    }
     state: dict[str, torch.Tensor] = {}
 
     def take(ours: str, theirs: str) -> None:
@@ -263,8 +264,19 @@ def _convert_whisper(source: Path, target: Path) -> None:
     settings = json.loads((source / "config.json").read_text())
     tokens = {"decoder_start_token_id": 50257, "pad_token_id": 50256, "bos_token_id": 50256, "eos_token_id": 50256}
     quiet = {"suppress_tokens": settings["suppress_ids"], "begin_suppress_tokens": settings["suppress_ids_begin"]}
-    model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51864, decoder_attention_heads=6, decoder_ffn_dim=1536,
-        encoder_attention_heads=6, encoder_ffn_dim=1536, encoder_layers=4, decoder_layers=4, d_model=384, **tokens))
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=51864,
+            decoder_attention_heads=6,
+            decoder_ffn_dim=1536,
+            encoder_attention_heads=6,
+            encoder_ffn_dim=1536,
+            encoder_layers=4,
+            decoder_layers=4,
+            d_model=384,
+            **tokens,
+        )
+    )
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if name != "proj_out.weight"]:
         raise RuntimeError(f"the conversion left {missing} and {unexpected}")
