@@ -24,6 +24,8 @@ from hf_cka.anatomy.inputs import probe_batches
 SMALL = 3_000_000
 # More parameters than this are never experimented on: float32 weights and gradients of half a gigabyte each.
 LARGEST = 130_000_000
+# Frames that a speech encoder is given where its config says how many: Whisper's 1,500 cost seconds a run.
+_FRAMES = 32
 # Config fields that hold a width of the model, and those among them that only look like one.
 _WIDTHS = re.compile(r"(hidden|size|dim|width|rank|d_model|d_ff|d_kv|n_embd|n_inner|channels|inner|embd|embed|lora|state)")
 _COUNTS = re.compile(
@@ -126,6 +128,9 @@ def _configs(model: Any, tried: list[str]) -> Iterator[tuple[Any, int]]:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for divisor in (64, 32, 16, 8, 4, 2):
         config = shrunk(model.config, divisor)
+        if _too_thin(model.config, config):
+            tried.append(f"1/{divisor}: heads of one index")
+            continue
         try:
             with quiet(), torch.device("meta"):
                 small = _stock(type(model))._from_config(copy.deepcopy(config))
@@ -158,6 +163,8 @@ def shrunk(config: Any, divisor: int) -> Any:
             small.__dict__[key] = shrunk(value, divisor)
         elif key == "vocab_size" and type(value) is int:
             small.__dict__[key] = value if value <= 512 or _highest_id(config) >= 500 else 512
+        elif key == "max_source_positions" and type(value) is int:
+            small.__dict__[key] = min(value, _FRAMES)
         elif key.endswith("chunk_size") and type(value) is int:
             small.__dict__[key] = min(value, 8)  # of a scan: a way of computing, which costs a short text the most
         elif key == "rope_parameters" and isinstance(value, Mapping):
@@ -171,6 +178,25 @@ def _divided(value: Any, divisor: int) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_divided(v, divisor) for v in value)
     return value // divisor if type(value) is int and value >= 4 * divisor and value % divisor == 0 else value
+
+
+def _too_thin(config: Any, small: Any) -> bool:
+    """Whether a width came down to the number of heads: of one index each they cannot be told from units."""
+    numbers: dict[bool, set[int]] = {True: set(), False: set()}
+    for key, value in vars(small).items():
+        before = getattr(config, key, None)
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            if _too_thin(before, value):
+                return True
+        elif "dim" not in key and re.search("head", key):
+            numbers[True] |= set(_numbers(value))
+        elif "head" not in key and value != before:
+            numbers[False] |= set(_numbers(value))
+    return bool(numbers[True] & numbers[False] - {1})
+
+
+def _numbers(value: Any) -> list[int]:
+    return [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int]
 
 
 def _shrunk_rope(rope: Mapping[str, Any], divisor: int) -> dict[str, Any]:

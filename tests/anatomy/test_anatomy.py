@@ -7,7 +7,17 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, EncoderDecoderConfig, EncoderDecoderModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from hf_cka.anatomy import LayerSizes, Slice, find_anatomy
 from hf_cka.anatomy.experts import in_double, never_picked
@@ -117,6 +127,30 @@ def test_the_twin_of_a_larger_model_says_the_same(model_type, divisor):
         for s in width_there.slices:
             shape = dict(large.named_parameters())[f"{find_anatomy(large).layer_name(1)}.{s.parameter}"].shape
             assert sorted(s.indices(range(width_there.members))) == list(range(shape[s.axis]))
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "sizes"),
+    [
+        (BertModel, BertConfig(num_hidden_layers=2), LayerSizes(12, 12, 64, 3072)),
+        (BertModel, BertConfig(hidden_size=384, intermediate_size=1536), LayerSizes(12, 12, 32, 1536)),
+        (
+            WhisperModel,
+            WhisperConfig(
+                d_model=384, encoder_layers=2, decoder_layers=2, encoder_attention_heads=6, decoder_attention_heads=6
+            ),
+            LayerSizes(6, 6, 64, 1536),
+        ),
+    ],
+)
+def test_models_of_ordinary_size(cls, config, sizes):
+    """Divided by a power of two their heads would be one wide, and Whisper always hears 30 seconds."""
+    with torch.device("meta"):
+        model = cls(config)
+    twin = make_twin(model)
+    assert sum(value.numel() for value in twin.batch.values()) < 50_000
+    for stack in find_anatomy(model).stacks:
+        assert {find_anatomy(model, stack.path).sizes(i) for i in range(len(stack.layers))} == {sizes}
 
 
 def test_any_head_and_the_bare_backbone():
