@@ -329,6 +329,8 @@ def dense_config(config: Any) -> Any:
     dense.__class__ = stock
     for name in ("hf_cka", "base_model_type", "auto_map"):
         dense.__dict__.pop(name, None)
+    if dense.__dict__.get("model_type") == type(config).model_type:  # a config that was read holds what its file said
+        del dense.__dict__["model_type"]
     return dense
 
 

@@ -6,12 +6,13 @@ A plan holds decisions. Which criterion made them, and how a model is changed, n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from hf_cka.anatomy import Anatomy, LayerSizes, find_anatomy
+from hf_cka.anatomy import Anatomy, Layer, LayerSizes, find_anatomy
+from hf_cka.modeling.counting import own_named
 from hf_cka.modeling.modeling_hf_cka import as_ranges, numbers
 
 VERSION = 2
@@ -380,7 +381,10 @@ class PruningPlan:
                     have = before.get(index)
                     lost = () if have is None else set(after[index]) - set(have)
                     if lost:
-                        raise ValueError(f"{name}[{index}] keeps {sorted(lost)[:5]}, which the first plan removed.")
+                        words = {v: k for k, v in _WIDTHS.items()}
+                        raise ValueError(
+                            f"{words.get(name, name)}[{index}] keeps {sorted(lost)[:5]}, which the first plan removed."
+                        )
                     table[now] = after[index] if have is None else tuple(map(have.index, after[index]))
         branches = {
             name: tuple(
@@ -403,6 +407,38 @@ class PruningPlan:
         if first.then(rest) != self:
             raise ValueError("The first plan removes what this one keeps, so it is no part of it.")
         return rest
+
+    def folded(self, anatomy: Anatomy) -> PruningPlan:
+        """Return the same plan with the layers that lose all there is of them among the removed layers.
+
+        Args:
+            anatomy: of the model that the plan is for.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(
+            ...     num_hidden_layers=3, hidden_size=8, intermediate_size=16, num_attention_heads=2, vocab_size=16
+            ... )
+            >>> both = PruningPlan(3, "llama", removed_attention=(1, 2), removed_mlp=(1,))
+            >>> both = both.folded(find_anatomy(LlamaForCausalLM(config)))
+            >>> both.removed_layers, both.removed_attention
+            ((1,), (2,))
+        """
+        on = anatomy.on(self.stack) if self.stack else anatomy
+        gone = set()
+        for index in set().union(*self.removed_branches.values()):
+            names = {name for name, layers in self.removed_branches.items() if index in layers}
+            if is_all_of(on.stack.layers[index], names, (name for name, _ in own_named(on.layer(index)))):
+                gone.add(index)
+        if not gone and not self.others:
+            return self
+        return replace_plan(
+            self,
+            removed_layers={*self.removed_layers, *gone},
+            removed_branches={name: set(layers) - gone for name, layers in self.removed_branches.items()},
+            kept={name: {i: kept for i, kept in table.items() if i not in gone} for name, table in self.kept.items()},
+            others=tuple(other.folded(anatomy) for other in self.others),
+        )
 
     def validate(self, model: Any) -> None:
         """Check that the plan fits a model, before anything is done to it.
@@ -469,14 +505,15 @@ class PruningPlan:
 
     def _check_mixing(self, anatomy: Anatomy) -> None:
         layers = anatomy.stack.layers
-        had = [i for i, layer in enumerate(layers) if any(b.kind == "attention" for b in layer.branches)]
-        left = [
-            i
-            for i in had
+        mixes = [[b.name for b in layer.branches if b.kind == "attention"] for layer in layers]
+        left = any(
+            # of a layer without known branches (it changes the shape of the stream) nothing but itself can go
+            not (layer.branches or layer.skipped)
+            or any(i not in self.removed_branches.get(name, ()) for name in mixes[i])
+            for i, layer in enumerate(layers)
             if i not in self.removed_layers
-            and any(b.kind == "attention" and i not in self.removed_branches.get(b.name, ()) for b in layers[i].branches)
-        ]
-        if had and not left:
+        )
+        if any(mixes) and not left:
             raise ValueError("The plan leaves no attention in any layer, so tokens could not see each other. Keep one.")
 
     def price(self, model: Any, length: int = 1024) -> Any:
@@ -499,6 +536,20 @@ class PruningPlan:
         from hf_cka.modeling.price import explain
 
         return explain(self, model)
+
+
+def is_all_of(layer: Layer, branches: Collection[str], parameters: Iterable[str]) -> bool:
+    """Return whether a layer hands its input on without some branches, since nothing else of it is left.
+
+    Args:
+        layer: as it is now.
+        branches: names of those that go.
+        parameters: names of all that the layer has.
+    """
+    gone = {name for b in layer.branches if b.name in branches for name in b.parameters}
+    if layer.reason or not {b.name for b in layer.branches} <= set(branches):
+        return False
+    return layer.single or set(parameters) <= gone
 
 
 def replace_plan(plan: PruningPlan, **changes: Any) -> PruningPlan:

@@ -75,7 +75,7 @@ def target_of(anatomy: Anatomy, plan: PruningPlan) -> Target:
     Raises:
         ImportError: if a decoder loses attention and transformers is older than 5.23.
     """
-    model = anatomy.model
+    plan, model = plan.folded(anatomy), anatomy.model
     stock = getattr(type(model), "stock_class", type(model))
     dense = copy.deepcopy(dense_config(model.config))
     base = {s.path: s for s in findings_of(stock, dense, model).stacks}

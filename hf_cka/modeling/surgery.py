@@ -69,6 +69,7 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     anatomy = find_anatomy(model)
     given, model = unwrap(model, keep_adapters=True), anatomy.model
     plan.validate(anatomy)
+    plan = plan.folded(anatomy)
     check_adapters(anatomy, plan)
     _refuse_packed(anatomy, plan)
     target = target_of(anatomy, plan)
@@ -130,6 +131,7 @@ def parameter_map(model: Any, plan: PruningPlan) -> dict[str, tuple[str, torch.T
     """
     anatomy = find_anatomy(model)
     plan.validate(anatomy)
+    plan = plan.folded(anatomy)
     target = target_of(anatomy, plan)
     gone: list[str] = []
     places: dict[str, torch.Tensor] = {}

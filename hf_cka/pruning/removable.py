@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_cka.anatomy import Anatomy
 from hf_cka.modeling.counting import Weights, own_named
-from hf_cka.modeling.plan import PruningPlan
+from hf_cka.modeling.plan import PruningPlan, is_all_of
 from hf_cka.pruning.criteria.base import Kind, Structure
 
 
@@ -93,10 +93,7 @@ class Removable:
         """Whether branches are all that is left of a layer, so that it hands its input on without them."""
         if not 0 <= index < self.anatomy.num_layers:
             return False
-        layer = self.anatomy.stack.layers[index]
-        gone = {name for b in layer.branches if b.name in names for name in b.parameters}
-        whole = layer.single or set(self.names[index]) <= gone
-        return not layer.reason and {b.name for b in layer.branches} <= set(names) and whole
+        return is_all_of(self.anatomy.stack.layers[index], names, self.names[index])
 
     def why_not(self, structures: Sequence[Structure]) -> str:
         """Return why structures cannot be removed together, or an empty string if they can.

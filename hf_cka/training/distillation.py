@@ -148,7 +148,7 @@ def layer_map(student: Any) -> dict[int, int]:
     if plan is None:
         return {i: i for i in range(anatomy.num_layers)}
     kept = plan.kept_layers
-    if len(kept) != anatomy.num_layers:  # a layer that lost both sub-layers is gone as well
+    if len(kept) != anatomy.num_layers:  # records of format 1 name the sub-layers of a layer that lost both
         kept = tuple(i for i in kept if not (i in plan.removed_attention and i in plan.removed_mlp))
     return dict(enumerate(kept))
 

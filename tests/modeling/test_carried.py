@@ -129,7 +129,7 @@ def test_cka_lora_forgets_which_layers_it_chose(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "operation", "message"),
     [
-        ({"use_dora": True}, "units", r"mlp\.gate_proj carries DoraLinearVariant.*merge_and_unload"),
+        ({"use_dora": True}, "units", r"mlp\.\w+_proj carries DoraLinearVariant.*merge_and_unload"),
         ({"target_modules": ["layers.1.mlp.down_proj"]}, "layers", "removes all 1 modules that adapter 'default'"),
         ({"target_modules": ["layers.1.mlp.down_proj"]}, "mlp", "removes all 1 modules that adapter 'default'"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}, "units", "up_proj is in modules_to_save"),

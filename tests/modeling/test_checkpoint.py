@@ -44,12 +44,16 @@ def test_a_saved_checkpoint_is_verified_and_says_what_was_done(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "hf_cka"
     assert config["architectures"] == ["PrunedLlamaForCausalLM"]
-    assert config["per_layer_config"]["0"] == {"skip": ["attention"]}
+    removed = {entry["module"] for entry in config["hf_cka"]["removed"]}
+    assert {"model.layers.0.self_attn", "model.layers.3.mlp"} <= removed
+    assert config["hf_cka"]["uncached"] == [0]
+    kept = {path: left for entry in config["hf_cka"]["narrowed"] for path, left in entry["kept"].items()}
+    assert kept == {"model.layers.1": "0,5,7", "model.layers.2": "1"}
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hf_cka.PrunedLlamaForCausalLM"
     pruning = config["pruning"]
     assert {k: pruning[k] for k in record} == record
-    assert pruning["format_version"] == 1
-    assert pruning["plan"]["removed_attention"] == [0]
+    assert pruning["format_version"] == 2
+    assert PruningPlan.from_dict(pruning["plan"]).removed_attention == (0,)
     assert pruning["widths_before"]["intermediate_size"] == [48] * 4
     assert pruning["widths_after"] == {"num_key_value_heads": [0, 2, 1, 2], "intermediate_size": [48, 3, 48, 0]}
     assert pruning["parameters_before"] > pruning["parameters_after"] == saved.parameters
@@ -71,7 +75,8 @@ def test_auto_classes_load_it_after_import_hf_cka(tmp_path):
         base = AutoModel.from_pretrained(tmp_path / "out")
         align(base)
         assert torch.equal(base(**batch).last_hidden_state, expected.hidden_states[-1])
-    assert AutoConfig.from_pretrained(tmp_path / "out").per_layer_config[1].intermediate_size == 3
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (type(config), config.hf_cka) == (type(model.config), model.config.hf_cka)
 
 
 def test_saving_again_with_plain_save_pretrained_keeps_everything(tmp_path):
@@ -127,14 +132,17 @@ def test_pruning_a_pruned_checkpoint_extends_its_record(tmp_path):
     save_pruned(model, tmp_path / "two", record={"method": "second"}, verify=False)
     record = json.loads((tmp_path / "two" / "config.json").read_text())["pruning"]
     assert record["plan"] == {
-        "version": 1,
+        "version": 2,
         "model_type": "llama",
-        "num_layers": 4,
-        "removed_layers": [3],
-        "removed_attention": [0],
-        "removed_mlp": [],
-        "kept_groups": {"2": "1"},
-        "kept_units": {"1": "0,7"},
+        "stacks": {
+            "": {
+                "model_type": "llama",
+                "num_layers": 4,
+                "removed_layers": [3],
+                "removed_branches": {"attention": [0]},
+                "kept": {"heads": {"2": "1"}, "units": {"1": "0,7"}},
+            }
+        },
     }
     assert record["base_model"] == "someone/llama"
     assert [step["method"] for step in record["history"]] == ["first", "second"]
@@ -239,7 +247,8 @@ def tampered(tmp_path):
     narrow = {**weights, name: weights[name][:40].contiguous()}
     save_file(narrow, folders["narrow"] / "model.safetensors", {"format": "pt"})
     config = json.loads((folders["config"] / "config.json").read_text())
-    config["per_layer_config"]["1"]["intermediate_size"] = 4
+    units = next(e for e in config["hf_cka"]["narrowed"] if "model.layers.1" in e["kept"])
+    units["kept"]["model.layers.1"] = "0,5,7-8"
     (folders["config"] / "config.json").write_text(json.dumps(config))
     return folders
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from hf_cka.anatomy import FAMILIES, LayerSizes
+from hf_cka.anatomy import LayerSizes, find_anatomy
 from hf_cka.modeling.plan import PruningPlan, as_ranges, from_ranges, groups_of_heads
 from hf_cka.modeling.price import CostTable
 from hf_cka.modeling.surgery import apply_plan
 from tests.tiny import SETTINGS, tiny_config, tiny_model
+from tests.world import world_model
 
 
 def plan(**changes):
@@ -28,12 +29,27 @@ def plan(**changes):
         ({"removed_layers": (1,), "kept_units": {1: (0,)}}, r"Layers \[1\] are in removed_layers and in kept_units"),
         ({"removed_attention": (2,), "kept_groups": {2: (0,)}}, r"Layers \[2\] are in removed_attention and in kept"),
         ({"kept_groups": {0: ()}}, r"keeps nothing in layers \[0\]; put those layers into removed_attention"),
-        ({"version": 2}, "has version 2; this hf_cka reads version 1"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         plan(**changes)
+
+
+def test_a_plan_of_another_version_is_refused():
+    with pytest.raises(ValueError, match="has version 3; this hf_cka reads versions 1 and 2"):
+        PruningPlan.from_dict({**plan().to_dict(), "version": 3})
+
+
+def test_a_layer_that_changes_the_shape_still_mixes():
+    """Of a stage of ResNet only its last block can go, and it may."""
+    model = world_model("resnet", "AutoModelForImageClassification")
+    anatomy = find_anatomy(model)
+    can_go = [i for i, layer in enumerate(anatomy.stack.layers) if not layer.reason]
+    made = plan(num_layers=anatomy.num_layers, model_type="resnet", removed_layers=can_go)
+    assert can_go
+    before = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in apply_plan(model, made).parameters()) < before
 
 
 @pytest.mark.parametrize(
@@ -154,7 +170,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(SETTINGS))
 def test_the_price_is_what_the_surgery_leaves(model_type):
     table = CostTable(tiny_model(model_type))
     for operation in OPERATIONS.values():
@@ -171,8 +187,6 @@ def test_the_price_is_what_the_surgery_leaves(model_type):
 
 
 def price_layers(model):
-    from hf_cka.anatomy import find_anatomy
-
     return find_anatomy(model).layers
 
 

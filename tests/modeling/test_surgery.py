@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import types
 import weakref
@@ -13,6 +14,7 @@ from hf_cka.anatomy import find_anatomy
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.surgery import apply_plan, parameter_map
 from tests.tiny import DECODERS, ENCODERS, SETTINGS, output_paths, tiny_batch, tiny_model
+from tests.world import world_model
 
 OPERATIONS = {
     "layers": {"removed_layers": (1, 2)},
@@ -178,19 +180,39 @@ def test_per_layer_lists_and_counts_follow_their_layers():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "message"),
+    ("model_type", "changes"),
     [
-        ("modernbert", {}, r"Cannot remove layer 0 of 'modernbert'"),
-        ("deberta-v2", {"conv_kernel_size": 3}, r"Cannot remove layer 0 of 'deberta-v2'.*conv_kernel_size=3"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ("llama", {"first_k_dense_replace": 2}, r"LlamaConfig\.first_k_dense_replace=2 names layers by index"),
+        ("modernbert", {}),  # its first layer has no norm before the attention
+        ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),  # a convolution follows the first layer
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ],
 )
-def test_what_cannot_be_renumbered_is_refused(model_type, changes, message):
-    model = tiny_model(model_type, **changes)
-    with pytest.raises(ValueError, match=message):
-        apply_plan(model, PruningPlan(num_layers=4, model_type=model_type, removed_layers=(0,)))
-    apply_plan(model, PruningPlan(num_layers=4, model_type=model_type, removed_mlp=(0,)))
+def test_what_cannot_be_renumbered_keeps_its_places(model_type, changes):
+    plan = PruningPlan(num_layers=4, model_type=model_type, removed_layers=(0,))
+    batch = tiny_batch()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = zero_out(tiny_model(model_type, **changes).double(), plan)(**batch).logits[real]
+        model = apply_plan(tiny_model(model_type, **changes).double(), plan)
+        found = model(**batch).logits[real]
+    assert type(model).__name__.startswith("Pruned")
+    assert model.config.num_hidden_layers == 4
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "removed"), [({"first_k_dense_replace": 1}, 0), ({"first_k_dense_replace": 2}, 1)]
+)
+def test_experts_stay_where_leading_layers_have_none(settings, removed):
+    """`first_k_dense_replace` counts layers from the front; whichever rung it takes, the function is the same."""
+    model = world_model("glm4_moe", **settings).double()
+    model.set_experts_implementation("eager")
+    other = copy.deepcopy(model)
+    other.model.layers[removed].forward = lambda hidden_states, *a, **k: hidden_states
+    with torch.no_grad():
+        expected = other(**tiny_batch()).logits
+        found = apply_plan(model, PruningPlan(4, "glm4_moe", removed_layers=(removed,)))(**tiny_batch()).logits
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
 def test_caches_that_cannot_leave_layers_out_are_noticed(monkeypatch):
@@ -219,7 +241,7 @@ def test_packed_weights_can_lose_layers_but_not_units():
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"Layer 0's up projection \(Linear\) has a packed weight"):
+    with pytest.raises(ValueError, match=r"Layer 0's mlp\.up_proj \(Linear\) has a packed weight"):
         apply_plan(model, PruningPlan(num_layers=4, model_type="llama", kept_units={0: range(5)}))
     apply_plan(model, PruningPlan(num_layers=4, model_type="llama", removed_layers=(1,), removed_mlp=(0,)))
 
@@ -259,8 +281,11 @@ def test_text_model_inside_a_multimodal_one():
     )
     config = Gemma3Config(text_config=tiny_config("gemma3_text"), vision_config=vision, mm_tokens_per_image=4)
     model = Gemma3ForConditionalGeneration(config).eval()
-    with pytest.raises(ValueError, match=r"'model\.language_model'.*Only whole layers"):
-        apply_plan(model, PruningPlan(num_layers=4, model_type="gemma3_text", removed_mlp=(1,)))
+    parts = PruningPlan(4, "gemma3_text", removed_mlp=(1,), kept_units={0: range(9)}, kept_groups={2: (1,)})
+    with torch.no_grad():
+        expected = zero_out(copy.deepcopy(model).double(), parts)(**tiny_batch()).logits
+        found = apply_plan(copy.deepcopy(model).double(), parts)(**tiny_batch()).logits
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
     apply_plan(model, PruningPlan(num_layers=4, model_type="gemma3_text", removed_layers=(1,)))
     assert model.config.text_config.num_hidden_layers == 3
     assert model.config.text_config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]

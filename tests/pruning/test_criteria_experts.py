@@ -43,7 +43,7 @@ def inner(experts, hidden, expert):
 def same_rows(found, expected):
     """Whether two matrices have the same rows, in any order."""
     assert found.shape == expected.shape
-    distance = torch.cdist(found.double(), expected.double())
+    distance = torch.cdist(found.detach().double(), expected.detach().double())
     assert sorted(distance.argmin(dim=1).tolist()) == list(range(len(expected)))
     return float(distance.min(dim=1).values.max()) < 1e-5
 

@@ -55,7 +55,7 @@ def test_with_full_rank_the_estimate_is_the_gradient():
     for row, length in zip(range(2), (12, 8), strict=True):
         losses.append(torch.nn.functional.cross_entropy(logits[row, : length - 1], batch["input_ids"][row, 1:length]))
     gradient = torch.autograd.grad(torch.stack(losses).mean(), base.weight)[0]
-    torch.testing.assert_close(importance(1, "up"), (gradient * base.weight.detach()).square())
+    torch.testing.assert_close(importance(1, "mlp.up_proj.weight"), (gradient * base.weight.detach()).square())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "gpt_neox"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import XLMConfig, XLMModel
 
 from hf_cka import LayerSelection, select_layers
 from hf_cka.data import calibration
@@ -174,8 +175,11 @@ def test_too_few_samples_for_the_debiased_estimator():
 
 
 def test_a_model_without_layers_is_refused():
-    with pytest.raises(ValueError, match="No layers were recognised"):
+    with pytest.raises(ValueError, match="Linear has no config; hand in a model of transformers"):
         select_layers(torch.nn.Linear(2, 2), [tiny_batch(4)])
+    loop = XLMModel(XLMConfig(emb_dim=8, n_layers=2, n_heads=2, vocab_size=16, max_position_embeddings=16))
+    with pytest.raises(ValueError, match="No stack of layers was found in XLMModel"):  # it has no module per layer
+        select_layers(loop, [tiny_batch(4, vocab=16)])
 
 
 @pytest.mark.assets
