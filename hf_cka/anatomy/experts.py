@@ -69,29 +69,26 @@ def find_experts(bench: Bench, branches: Sequence[Branch], tolerance: float) -> 
     """
     found = []
     for block, stacked, members in _stacks(bench.layer):
-        branch = next((b for b in branches if set(stacked) & set(b.parameters)), None)
-        if branch is None:
-            continue
+        branch = next((b.name for b in branches if set(stacked) & set(b.parameters)), "")
         with in_double():
             experts = _routed(bench, block, stacked, members, tolerance)
             if experts is None:
                 if "expert" in " ".join(stacked).lower():
                     reached = any(bool((bench.base[n] != 0).any()) for n in stacked)
-                    found.append(_staying(stacked, members, branch.name, _UNROUTED if reached else _UNREACHED))
+                    found.append(_staying(stacked, members, branch, _UNROUTED if reached else _UNREACHED))
                 continue
-            found.append(replace(_completed(bench, experts, tolerance), branch=branch.name))
+            found.append(replace(_completed(bench, experts, tolerance), branch=branch))
     for path, members in _modules(bench.layer):
         names = tuple(n for n in bench.parameters if n.startswith(f"{path}."))
-        branch = next((b for b in branches if set(names) & set(b.parameters)), None)
-        if branch is not None:
-            found.append(_staying(names[:1], members, branch.name, _APART))
+        branch = next((b.name for b in branches if set(names) & set(b.parameters)), "")
+        found.append(_staying(names[:1], members, branch, _APART))
     return found
 
 
 def _modules(layer: nn.Module) -> Iterator[tuple[str, int]]:
     """Containers of experts that are modules of their own, and how many they hold."""
     for path, module in layer.named_modules():
-        children = list(module.children())
+        children = [c for c in module.children() if next(c.parameters(), None) is not None]
         named = path.rpartition(".")[2].endswith("experts") and isinstance(module, (nn.ModuleList, nn.ModuleDict))
         if named and len(children) > 1 and len({type(c) for c in children}) == 1:
             yield path, len(children)
