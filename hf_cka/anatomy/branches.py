@@ -59,7 +59,9 @@ class Bench:
             for n, p in self.parameters.items():
                 p.requires_grad_(before[n])
         by_id = {id(p): g for p, g in zip(wanted, grads, strict=True)}
-        return {n: g if (g := by_id.get(id(p))) is not None else torch.zeros_like(p) for n, p in self.parameters.items()}
+        return {
+            n: g if (g := by_id.get(id(p))) is not None else torch.zeros_like(p) for n, p in self.parameters.items()
+        }
 
     def calls(self) -> list[Call]:
         """Every call of every module inside the layer."""
@@ -174,7 +176,11 @@ def _branch(bench: Bench, calls: Sequence[Call], path: str, dead: frozenset[str]
     layer = bench.layer
     gone: list[str] = []
     for module_name, module in layer.named_modules():
-        if not module_name or path.startswith(f"{module_name}.") or any(module_name == g or module_name.startswith(f"{g}.") for g in gone):
+        if (
+            not module_name
+            or path.startswith(f"{module_name}.")
+            or any(module_name == g or module_name.startswith(f"{g}.") for g in gone)
+        ):
             continue
         inside = [f"{module_name}.{n}" for n, _ in module.named_parameters()]
         # parameters that had no gradient from the start (an unused expert) go with the module that holds them
@@ -262,6 +268,10 @@ def _second_sequences(bench: Bench, stream: torch.Tensor) -> list[torch.Tensor]:
     return [
         v
         for n, v in given.items()
-        if isinstance(v, torch.Tensor) and v is not stream and v.is_floating_point() and v.ndim == 3
-        and re.search(r"encoder|cross|context|memory|image", n) and not re.search(r"mask|bias|position", n)
+        if isinstance(v, torch.Tensor)
+        and v is not stream
+        and v.is_floating_point()
+        and v.ndim == 3
+        and re.search(r"encoder|cross|context|memory|image", n)
+        and not re.search(r"mask|bias|position", n)
     ]

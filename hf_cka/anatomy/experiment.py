@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_cka.anatomy.branches import Bench, find_branches, silenced
 from hf_cka.anatomy.experts import find_experts, why_not_proven
+from hf_cka.anatomy.overrides import overridden
 from hf_cka.anatomy.parts import Branch, Findings, Layer, Stack, Width
 from hf_cka.anatomy.scaling import scaled
 from hf_cka.anatomy.stacks import (
@@ -28,10 +29,6 @@ from hf_cka.anatomy.widths import completed, find_widths, named, proven
 from hf_cka.modeling import modeling_hf_cka as code
 
 _ROUTER = re.compile(r"(gate|router|classifier)$")
-# Modules whose weights fused kernels read without calling them, so that an adapter around them would be lost; PEFT
-# refuses them for these model types.
-_READ_NOT_CALLED = ("out_proj", "conv1d")
-_FUSED = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # Layers of one kind that are taken out, one at a time, to see what happens; more are alike.
 _TRIED = 12
 # What one layer is like: its class, its parameters, and the numbers and words among its modules' attributes.
@@ -97,12 +94,13 @@ def _stack(twin: Twin, found: Found) -> Stack:
                 branches=tuple(branches),
                 widths=named(widths, branches),
                 single=single,
-                linears=_linears(model.get_submodule(path), widths, getattr(model.config, "model_type", "")),
+                linears=_linears(model.get_submodule(path), widths),
             )
     for path, why in found.others.items():
         layers[path] = _unchained(twin, path, why)
     order = list(dict.fromkeys((*_named_children(model, found.path), *found.layers)))
-    chain = tuple(layers[p] for p in order if p in layers)
+    types = [str(getattr(c, "model_type", "")) for c in (model.config, config)]
+    chain = tuple(overridden(layers[p], type(model.get_submodule(p)).__name__, types) for p in order if p in layers)
     count = sum(p.numel() for path in layers for p in model.get_submodule(path).parameters())
     return Stack(found.path, chain, backbone, _causal(twin, found), count)
 
@@ -138,14 +136,14 @@ def _unchained(twin: Twin, path: str, why: str) -> Layer:
     return Layer(path, None, tuple(branches), named(widths, branches), why, linears=_linears(module, widths))
 
 
-def _linears(layer: nn.Module, widths: Sequence[Width], model_type: str = "") -> tuple[str, ...]:
+def _linears(layer: nn.Module, widths: Sequence[Width]) -> tuple[str, ...]:
     """The projections that adapters go into: all but routers; of a layer without any, its convolutions."""
     found = [n for n, m in layer.named_modules() if n and _projects(m)]
-    if model_type in _FUSED:
-        found = [n for n in found if n.rpartition(".")[2] not in _READ_NOT_CALLED]
     inside = {s.module for w in widths for s in w.slices if w.kind != "experts"}
     known = {w.output.module for w in widths if w.kind == "experts" and w.output.parameter.endswith(".weight")}
-    experts = {n.rpartition(".")[0].rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim == 3 and n.count(".")}
+    experts = {
+        n.rpartition(".")[0].rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim == 3 and n.count(".")
+    }
     routers = {n for n in found if n.rpartition(".")[0] in experts and n not in inside and _ROUTER.search(n)}
     if found:
         return tuple(n for n in found if n not in routers | known)
@@ -169,7 +167,11 @@ def _projects(module: nn.Module) -> bool:
 def _signature(module: nn.Module) -> Signature:
     shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
     kinds = tuple(
-        (n, type(m).__name__, tuple((k, v) for k, v in sorted(vars(m).items()) if isinstance(v, (str, bool)) and k[0] != "_"))
+        (
+            n,
+            type(m).__name__,
+            tuple((k, v) for k, v in sorted(vars(m).items()) if isinstance(v, (str, bool)) and k[0] != "_"),
+        )
         for n, m in module.named_modules()
     )
     return shapes, kinds
@@ -298,4 +300,3 @@ def _by_shape(model: Any, why: str) -> Findings:
         causal = bool(getattr(model, "can_generate", lambda: False)())
         stacks.append(Stack(path, chain, _backbone(model, path), causal, count))
     return Findings(tuple(sorted(stacks, key=lambda s: s.rank)), notes=(why,))
-

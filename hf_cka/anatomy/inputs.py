@@ -102,7 +102,9 @@ def _text(config: Any, rows: int, length: int, draw: torch.Generator) -> dict[st
 
 
 def _pictures(config: Any, rows: int, draw: torch.Generator) -> Iterator[torch.Tensor]:
-    vision = next((v for n in ("vision_config", "image_config", "backbone_config") if (v := getattr(config, n, None))), config)
+    vision = next(
+        (v for n in ("vision_config", "image_config", "backbone_config") if (v := getattr(config, n, None))), config
+    )
     size = _field(vision, ("image_size", "input_size")) or _field(config, ("image_size",)) or 32
     channels = _field(vision, ("num_channels", "in_channels", "in_chans")) or 3
     large = (min(size) if isinstance(size, (list, tuple)) else size) > 256
@@ -129,7 +131,9 @@ def _text_with_pictures(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Text with as many picture tokens as the model makes of a picture."""
     config = model.config
-    token = next((t for n in ("image_token_id", "image_token_index") if type(t := getattr(config, n, None)) is int), None)
+    token = next(
+        (t for n in ("image_token_id", "image_token_index") if type(t := getattr(config, n, None)) is int), None
+    )
     if token is None or not hasattr(model, "get_image_features"):
         return
     rows = len(text["input_ids"])
@@ -178,7 +182,12 @@ def _field(config: Any, names: tuple[str, ...], depth: int = 0) -> Any:
         value = getattr(config, name, None)
         if type(value) is int and value > 0:
             return value
-        if isinstance(value, (list, tuple)) and value and name in ("image_size", "input_size") and type(value[0]) is int:
+        if (
+            isinstance(value, (list, tuple))
+            and value
+            and name in ("image_size", "input_size")
+            and type(value[0]) is int
+        ):
             return tuple(value[-2:])
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type") and depth < 3 and key != "text_config":

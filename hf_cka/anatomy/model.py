@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_cka.anatomy.experiment import discover
-from hf_cka.anatomy.parts import Branch, Findings, Layer, Stack, Width
+from hf_cka.anatomy.parts import Branch, Findings, Stack, Width
 from hf_cka.anatomy.twin import Twin, quiet
 from hf_cka.lookup import lookup
 
@@ -174,11 +174,15 @@ class Anatomy:
             rungs: what `hf_cka.modeling.rungs_of` found, to say beside each part which classes a checkpoint without
                 it needs.
         """
-        lines = [f"{type(self.model).__name__} ({self.model_type}), tried on {', '.join(self.findings.inputs) or 'nothing'}"]
+        lines = [
+            f"{type(self.model).__name__} ({self.model_type}), tried on {', '.join(self.findings.inputs) or 'nothing'}"
+        ]
         for stack in self.stacks:
             mark = "  (default)" if stack.path == self.stack.path else ""
             mark += "  (text alone does not reach it)" if stack.optional else ""
-            lines.append(f"\n{stack.path}: {len(stack.layers)} layers, {stack.kind}, {stack.parameters:,} parameters{mark}")
+            lines.append(
+                f"\n{stack.path}: {len(stack.layers)} layers, {stack.kind}, {stack.parameters:,} parameters{mark}"
+            )
             lines += _rows(self.on(stack.path), rungs or {})
         lines += [f"\nnot seen: {name} (no input of the experiment reached it)" for name in self.findings.unseen]
         lines += [f"\n{note}" for note in self.findings.notes]
@@ -205,7 +209,9 @@ def _rows(on: Anatomy, rungs: Mapping[str, str]) -> list[str]:
                 if width.branch == branch.name:
                     rung = rungs.get(f"{layer.path}/{width.name}", "")
                     notes = [f"stay ({width.reason})"] if width.reason else [] if width.exact else ["a norm spans them"]
-                    lines.append(f"      {', '.join([f'{width.name}: {width.members}', *notes])}" + f" [{rung}]" * bool(rung))
+                    lines.append(
+                        f"      {', '.join([f'{width.name}: {width.members}', *notes])}" + f" [{rung}]" * bool(rung)
+                    )
     return lines
 
 
@@ -239,8 +245,7 @@ def find_anatomy(model: nn.Module, stack: str | None = None) -> Anatomy:
     if not findings.stacks:
         raise ValueError(
             f"No stack of layers was found in {type(model).__name__} (model_type {model_type_of(model.config)!r}): no "
-            "container of modules hands a residual stream from one to the next. "
-            + " ".join(findings.notes)
+            "container of modules hands a residual stream from one to the next. " + " ".join(findings.notes)
         )
     chosen = findings.stacks[0] if stack is None else stack_named(findings, stack, model)
     return Anatomy(model, findings, chosen)
@@ -368,6 +373,3 @@ def unwrap(model: nn.Module, keep_adapters: bool = False) -> nn.Module:
             model = model.module  # type: ignore[assignment]
         else:
             return model
-
-
-

@@ -104,10 +104,10 @@ class Width:
         """What surgery needs to know, as plain data."""
         return {
             "members": self.members,
-            "slices": [
-                [s.parameter, s.axis, [list(segment) for segment in s.segments]] for s in self.slices
+            "slices": [[s.parameter, s.axis, [list(segment) for segment in s.segments]] for s in self.slices],
+            "attributes": [
+                [p, n, each] if at is None else [p, n, each, list(at)] for p, n, each, at in self.attributes
             ],
-            "attributes": [[p, n, each] if at is None else [p, n, each, list(at)] for p, n, each, at in self.attributes],
             "inputs": [list(entry) for entry in self.inputs],
         }
 

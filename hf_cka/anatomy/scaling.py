@@ -64,7 +64,11 @@ def _width(width: Width, small: nn.Module, large: nn.Module) -> Width:
         own, others = _value(small, path, name), _value(large, path, name)
         for position in positions or (None,):
             a, b = (v if position is None else v[position] for v in (own, others))
-            share = b // members if a == width.members * each else next((n.block for o, n in now.items() if o.block == each), 0)
+            share = (
+                b // members
+                if a == width.members * each
+                else next((n.block for o, n in now.items() if o.block == each), 0)
+            )
             attributes.append((path, name, share, None if position is None else (position,)))
     return replace(
         width,

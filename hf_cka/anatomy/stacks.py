@@ -121,9 +121,7 @@ def _chain(model: nn.Module, path: str, group: Sequence[Call]) -> Found | None:
         return None
     if len(kinds) > 2 and len(kinds) == len(calls):
         return None  # a chain of unlike modules is a head, no stack
-    others = {
-        c.path: "it changes the shape of the stream" for c in with_weights if c.path not in calls
-    }
+    others = {c.path: "it changes the shape of the stream" for c in with_weights if c.path not in calls}
     return Found(path, list(calls), others, calls, visits)
 
 

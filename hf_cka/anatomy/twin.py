@@ -27,7 +27,9 @@ LARGEST = 130_000_000
 # Frames that a speech encoder is given where its config says how many: Whisper's 1,500 cost seconds a run.
 _FRAMES = 32
 # Config fields that hold a width of the model, and those among them that only look like one.
-_WIDTHS = re.compile(r"(hidden|size|dim|width|rank|d_model|d_ff|d_kv|n_embd|n_inner|channels|inner|embd|embed|lora|state)")
+_WIDTHS = re.compile(
+    r"(hidden|size|dim|width|rank|d_model|d_ff|d_kv|n_embd|n_inner|channels|inner|embd|embed|lora|state)"
+)
 _COUNTS = re.compile(
     r"(vocab|position|image|patch|window|kernel|token|layers|heads|experts|groups|max_|mel|stride|scale|context|chunk|"
     r"block|^num_|^n_(?!embd|inner)|type|expand|ratio|factor|conv_|codebook|bucket|head_size$|in_channels|num_channels)"
@@ -228,7 +230,11 @@ def _build(model: Any, config: Any) -> Any:
     stock = _stock(type(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for options in ({"attn_implementation": "eager", "experts_implementation": "eager"}, {"attn_implementation": "eager"}, {}):
+        for options in (
+            {"attn_implementation": "eager", "experts_implementation": "eager"},
+            {"attn_implementation": "eager"},
+            {},
+        ):
             try:
                 twin = stock._from_config(copy.deepcopy(config), dtype=torch.float32, **options)
                 break

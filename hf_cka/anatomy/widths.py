@@ -25,7 +25,9 @@ Indices = dict[tuple[str, int], list[int]]
 _NORM = re.compile(r"norm|GRN", re.IGNORECASE)
 # Names that a size which follows the members has in the configs and modules of transformers.
 _SIZE = re.compile(r"head|kv|key_value|group|inner|inter|expert|channel|ffn|mlp|size|dim|split|nheads|width|features")
-_NO_SIZE = re.compile(r"layer_id|idx|index|window|kernel|stride|padding|max_|vocab|position|token|top_k|dilation|chunk|state")
+_NO_SIZE = re.compile(
+    r"layer_id|idx|index|window|kernel|stride|padding|max_|vocab|position|token|top_k|dilation|chunk|state"
+)
 # Sizes that follow by their name alone, where this way of computing does not read them.
 _COUNT = re.compile(
     r"(num_|n_)?(attention_|kv_|key_value_|query_)?(heads?|nheads)|all_head_size|inner_dim|intermediate_size|ffn_dim|split_size|lru_width"
@@ -57,7 +59,9 @@ def find_widths(bench: Bench, branches: Sequence[Branch], single: bool, config: 
                 continue
             # only what is in the branch: elsewhere an activation may happen to die when its input changes
             inner = {n: base[n] for n in branch.parameters}
-            own = [w for n in branch.parameters for axis in _axes(bench.layer, n) if (w := _width(bench, inner, n, axis))]
+            own = [
+                w for n in branch.parameters for axis in _axes(bench.layer, n) if (w := _width(bench, inner, n, axis))
+            ]
             # the widest first: what lies inside another's heads (a low rank) is no width of its own
             order = {n: i for i, n in enumerate(bench.parameters)}
             own.sort(key=lambda w: (-_covers(bench, w), -order[w.output.parameter]))
@@ -144,7 +148,9 @@ def _with_biases(bench: Bench, slices: Sequence[Slice]) -> tuple[Slice, ...]:
         path, _, attribute = s.parameter.rpartition(".")
         bias = f"{path}.bias" if path else "bias"
         module = bench.layer.get_submodule(path)
-        rows = {True: 0}.get(isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)), 1 if type(module).__name__ == "Conv1D" else -1)
+        rows = {True: 0}.get(
+            isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)), 1 if type(module).__name__ == "Conv1D" else -1
+        )
         if attribute == "weight" and s.axis == rows and bias in bench.parameters:
             found[bias, 0] = Slice(bias, 0, s.segments)
     return tuple(found.values())
@@ -259,9 +265,13 @@ def _through(norm: Any, scale: bool) -> Iterator[None]:
             value = hidden if weight is None else hidden * (weight.view(shape) if weight.ndim == 1 else weight)
             gate = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
             return value if gate is None or gate.shape != value.shape else value * torch.nn.functional.silu(gate)
-        given = [v for v in (hidden, *args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.shape == hidden.shape]
+        given = [
+            v for v in (hidden, *args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.shape == hidden.shape
+        ]
         still = [v.detach() if isinstance(v, torch.Tensor) else v for v in args]
-        out = forward(hidden.detach(), *still, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+        out = forward(
+            hidden.detach(), *still, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        )
         if out.shape != hidden.shape:
             return plain
         return out + sum(v - v.detach() for v in given)

@@ -168,7 +168,9 @@ class _Names:
             return None
         if old in self.narrow:
             for width in layer.widths:
-                if any(f"{inner}.".startswith(f"{s.module}.") for s in width.slices) and self._narrowed(old, width.name):
+                if any(f"{inner}.".startswith(f"{s.module}.") for s in width.slices) and self._narrowed(
+                    old, width.name
+                ):
                     raise ValueError(
                         f"The adapter changes {name!r}, whose width was pruned. Merge the adapter into the dense model "
                         "and prune the result, or train it again."

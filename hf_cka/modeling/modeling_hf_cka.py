@@ -286,9 +286,7 @@ def part(module: Any, path: str) -> Any:
     return module
 
 
-def narrow(
-    layer: nn.Module, data: Mapping[str, Any], kept: Sequence[int], cut: Callable[..., None] = take
-) -> None:
+def narrow(layer: nn.Module, data: Mapping[str, Any], kept: Sequence[int], cut: Callable[..., None] = take) -> None:
     """Keep some members of one width of a layer.
 
     Args:
@@ -322,7 +320,9 @@ def narrow(
     for module, name, value in sizes:
         if name.startswith("config."):
             shared = getattr(module.config, "_shared", module.config)
-            own = {k: v for k, v in vars(module.config).items() if k != "_shared"} if shared is not module.config else {}
+            own = (
+                {k: v for k, v in vars(module.config).items() if k != "_shared"} if shared is not module.config else {}
+            )
             module.config = LayerConfig(shared, **{**own, name.partition(".")[2]: value})
         else:
             setattr(module, name, value)

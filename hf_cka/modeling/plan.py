@@ -225,7 +225,12 @@ class PruningPlan:
         )
 
     def __str__(self) -> str:
-        words = {"attention": "attention sub-layers", "mlp": "MLP sub-layers", "heads": "KV groups", "units": "MLP units"}
+        words = {
+            "attention": "attention sub-layers",
+            "mlp": "MLP sub-layers",
+            "heads": "KV groups",
+            "units": "MLP units",
+        }
         parts = [f"{len(self.removed_layers)} layers"] if self.removed_layers else []
         parts += [f"{len(layers)} {words.get(name, name)}" for name, layers in self.removed_branches.items()]
         parts += [f"{words.get(name, name)} of {len(table)} layers" for name, table in self.kept.items()]
@@ -402,7 +407,9 @@ class PruningPlan:
         )
         if self.others:
             before_of = {plan.stack: plan for plan in first.by_stack}
-            others = [other.since(before_of[other.stack]) if other.stack in before_of else other for other in self.others]
+            others = [
+                other.since(before_of[other.stack]) if other.stack in before_of else other for other in self.others
+            ]
             rest = replace_plan(rest, others=others)
         if first.then(rest) != self:
             raise ValueError("The first plan removes what this one keeps, so it is no part of it.")
@@ -495,7 +502,9 @@ class PruningPlan:
                 raise ValueError(f"The {name} of layer {index} cannot be narrowed: {width.reason}.")
             if kept[0] < 0 or kept[-1] >= width.members:
                 wrong = [k for k in kept if not 0 <= k < width.members]
-                raise ValueError(f"{field}[{index}] names {wrong[:5]}, but layer {index} has {width.members} {members}.")
+                raise ValueError(
+                    f"{field}[{index}] names {wrong[:5]}, but layer {index} has {width.members} {members}."
+                )
             if len(kept) < width.least:
                 what = members if width.output.block == 1 else f"groups of {width.output.block} {members}"
                 raise ValueError(

@@ -43,7 +43,9 @@ def rungs_of(anatomy: Anatomy) -> dict[str, str]:
             for width in layer.widths:
                 if not width.reason and width.members > 1:
                     everywhere = {
-                        i: range(w.members - 1) for i in range(on.num_layers) if (w := on.width(i, width.name)) is not None
+                        i: range(w.members - 1)
+                        for i in range(on.num_layers)
+                        if (w := on.width(i, width.name)) is not None
                     }
                     found[f"{layer.path}/{width.name}"] = _rung(on, kept={width.name: everywhere})
     return found

@@ -94,7 +94,9 @@ def target_of(anatomy: Anatomy, plan: PruningPlan) -> Target:
             shorter = _shorter(stock, dense, stack, stay, sorted(names), model)
             if isinstance(shorter, str):
                 why = why or shorter
-                gone |= {n: _entry(n, "layer", layer.returns) for layer in stack.layers for n in [layer.path] if n in names}
+                gone |= {
+                    n: _entry(n, "layer", layer.returns) for layer in stack.layers for n in [layer.path] if n in names
+                }
             else:
                 dense, shortened[stack.path] = shorter, stay
     structure = _structure(base, gone, kept, shortened, model)
@@ -302,7 +304,9 @@ def _renames(model: Any, shortened: Mapping[str, Sequence[int]]) -> Any:
     tables = {}
     for container, stay in shortened.items():
         paths = _children(model, container)
-        tables[container] = {paths[old]: f"{container}.{new}" if container else str(new) for new, old in enumerate(stay)}
+        tables[container] = {
+            paths[old]: f"{container}.{new}" if container else str(new) for new, old in enumerate(stay)
+        }
 
     def new(path: str) -> str | None:
         for container, table in tables.items():
@@ -468,9 +472,7 @@ def _cut_per_layer(config: Any, stay: tuple[int, ...]) -> None:
     config.per_layer_config = {new: by_index[old] for new, old in enumerate(stay) if old in by_index} or None
 
 
-def _same_on_twin(
-    stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names: Sequence[str], edit: Any
-) -> bool:
+def _same_on_twin(stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], names: Sequence[str], edit: Any) -> bool:
     """Whether the stock class, built with fewer layers, computes what the twin does without them."""
     twin = twin_of(stock, dense)
     if twin is None or _unseen_matters(stock, dense, stack):
@@ -600,5 +602,9 @@ def _with_units(config: Any, entry: Mapping[str, Any], count: int) -> None:
     members = entry["members"]
     for _, own in _configs(config):
         for name, value in list(vars(own).items()):
-            if _UNITS.search(name) and not name.startswith("_") and (value == members or (value is None and name == "n_inner")):
+            if (
+                _UNITS.search(name)
+                and not name.startswith("_")
+                and (value == members or (value is None and name == "n_inner"))
+            ):
                 setattr(own, name, count)

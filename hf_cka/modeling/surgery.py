@@ -195,7 +195,11 @@ def _shorten(model: nn.Module, path: str, stay: Sequence[int]) -> None:
     old = model.get_submodule(path)
     before = len(list(old.children()))
     layers = [layer for i, layer in enumerate(old.children()) if i in set(stay)]
-    setattr(model.get_submodule(parent), name, type(old)(*layers) if isinstance(old, nn.Sequential) else nn.ModuleList(layers))
+    setattr(
+        model.get_submodule(parent),
+        name,
+        type(old)(*layers) if isinstance(old, nn.Sequential) else nn.ModuleList(layers),
+    )
     for index, layer in enumerate(layers):
         for module in layer.modules():
             for attribute, value in list(vars(module).items()):
