@@ -248,16 +248,16 @@ def plain_experts(model: Any) -> bool:
     Returns:
         Whether some did.
     """
-    if not getattr(model, "_can_set_experts_implementation", bool)():
-        return False
-    odd = any(
+    # a whole need not know of the experts of its text model
+    able = [m for m in model.modules() if getattr(m, "_can_set_experts_implementation", bool)()]
+    odd = bool(able) and any(
         p.ndim == 3 and len(p) > 1 and p.is_floating_point() and any(n * p.element_size() % 16 for n in p.shape[1:])
         for m in model.modules()
         if not isinstance(m, nn.modules.conv._ConvNd)
         for p in m.parameters(recurse=False)
     )
-    if odd:
-        model.set_experts_implementation("eager")
+    for part_of in able if odd else ():
+        part_of.set_experts_implementation("eager")
     return odd
 
 
