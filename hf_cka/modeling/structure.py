@@ -220,9 +220,9 @@ def _merge(
     for name, table in plan.kept.items():
         for i, members in table.items():
             path = now.layer_name(i)
-            width = now.stack.layers[i].width(name)
-            assert width is not None
-            key = path, width.output.parameter
+            there = now.stack.layers[i].width(name)
+            assert there is not None
+            key = path, there.output.parameter
             before = kept.get(key)
             kept[key] = list(members) if before is None else [before[m] for m in members]
 
