@@ -284,7 +284,7 @@ def _proven_width(twin: Twin, width: Width, paths: Sequence[str]) -> Width:
 
 def _by_shape(model: Any, why: str) -> Findings:
     """The stacks that a model's modules suggest, where no twin could be run: for choosing layers, not for surgery."""
-    stacks = []
+    stacks: list[Stack] = []
     for path, module in model.named_modules():
         children = list(module.named_children())
         kinds = {type(c) for _, c in children}

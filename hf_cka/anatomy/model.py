@@ -143,7 +143,7 @@ class Anatomy:
         return None if width is None or width.reason else width
 
     def outputs(self, index: int) -> dict[str, Width]:
-        """The widths of layer `index` that can be narrowed, by the role of their output: "o" (heads), "down" (units)."""
+        """The widths of layer `index` that can be narrowed, by the role of their output: "o" (heads) or "down"."""
         return {role: w for role, kind in OUTPUTS.items() if (w := self.width(index, kind)) is not None}
 
     def sizes(self, index: int) -> LayerSizes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _chain(model: nn.Module, path: str, group: Sequence[Call]) -> Found | None:
     for call in chained:
         visits[call.path] = visits.get(call.path, 0) + 1
         calls.setdefault(call.path, call)
-    linked = sum(_feeds(a, b) for a, b in zip(with_weights, with_weights[1:], strict=False))
+    linked = sum(_feeds(a, b) for a, b in pairwise(with_weights))
     kinds = {type(model.get_submodule(p)) for p in calls}
     if not linked and (len(calls) > 1 or max(visits.values()) == 1) and not (len(calls) == 1 and _deep(model, path)):
         return None

@@ -102,7 +102,8 @@ def make_twin(model: Any) -> Twin:
                 exchanged = frozenset(n for n, m in twin.named_modules() if built.get(n) is not m)
                 return Twin(twin, found, scale, exchanged)
     raise ValueError(
-        f"{type(model).__name__} could not be run at a small size ({'; '.join(dict.fromkeys(tried[-3:])) or 'too large'})."
+        f"{type(model).__name__} could not be run at a small size "
+        f"({'; '.join(dict.fromkeys(tried[-3:])) or 'too large'})."
     )
 
 

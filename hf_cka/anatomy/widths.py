@@ -198,7 +198,7 @@ def _silent(gradient: torch.Tensor, axis: int) -> set[int]:
     return set(((gradient.abs().amax(other) if other else gradient.abs()) == 0).nonzero().flatten().tolist())
 
 
-def _dead_without(bench: Bench, base: Gradients, name: str, axis: int, indices: range) -> Indices:
+def _dead_without(bench: Bench, base: Gradients, name: str, axis: int, indices: Sequence[int]) -> Indices:
     """Slices of other parameters whose gradient vanishes when part of one parameter is zero."""
     with zeroed(bench.parameters[name], axis, indices):
         now = _gradients(bench)
@@ -512,7 +512,7 @@ def proven(width: Width, layers: Sequence[tuple[nn.Module, str]], run: Any) -> s
         return width.reason
     kept = list(range(1, width.members))
     for holder, name in layers:
-        layer = holder._modules[name]
+        layer: Any = holder._modules[name]
         with left_out(dict(layer.named_parameters()), width, [0]):
             want = run()
         narrowed = copy.deepcopy(layer)

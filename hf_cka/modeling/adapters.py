@@ -84,7 +84,8 @@ def translate_adapter(
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists. Choose a new folder.")
     anatomy = find_anatomy(model)
-    names = _Names(anatomy, PruningPlan.from_dict(anatomy.model.config.pruning["plan"]))
+    record: Any = anatomy.model.config
+    names = _Names(anatomy, PruningPlan.from_dict(record.pruning["plan"]))
     tensors = load_file(source / _WEIGHTS)
     kept = {new: value for name, value in tensors.items() if (new := names.tensor(name)) is not None}
     dropped = [name for name in tensors if names.tensor(name) is None]

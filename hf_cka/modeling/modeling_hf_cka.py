@@ -9,7 +9,8 @@ against the model before anything is done: it chooses among the model's own modu
     {"version": 2,
      "removed": [{"module": "model.layers.3", "kind": "layer", "returns": ["stream", null]}, ...],  (perhaps "cache": 3)
      "narrowed": [{"members": 8, "slices": [["self_attn.q_proj.weight", 0, [[0, 16]]], ...],
-                   "attributes": [["self_attn", "num_heads", 1], ...], "inputs": [["self_attn", "position_bias", 1, 1], ...],
+                   "attributes": [["self_attn", "num_heads", 1], ...],
+                   "inputs": [["self_attn", "position_bias", 1, 1], ...],
                    "kept": {"model.layers.0": "0-2,5", ...}}, ...],
      "uncached": [3]}
 
@@ -81,7 +82,7 @@ class Removed(nn.Module):
             stream = torch.zeros_like(stream)
         if self.returns is None:
             return stream
-        return tuple(stream if name == "stream" else given.get(name) for name in self.returns)
+        return tuple(stream if name == "stream" else given.get(str(name)) for name in self.returns)
 
     def _count(self, given: Iterable[Any], stream: torch.Tensor) -> None:
         for cache in given:
@@ -343,13 +344,15 @@ def _new_size(
     inside = name.startswith("config.")
     holder, plain = (getattr(module, "config", None), name.partition(".")[2]) if inside else (module, name)
     old = getattr(holder, plain, None) if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", plain) else None
-    values = list(old) if positions is not None and isinstance(old, (list, tuple)) else [old]
+    values: list[Any] = list(old) if positions is not None and isinstance(old, (list, tuple)) else [old]
     for position in positions if positions is not None else (0,):
         value = values[position] if position < len(values) else None
         if type(value) is not int or type(each) is not int or not 0 < members * each <= value:
             raise ValueError(f"{path}.{name} = {old!r} is no size that counts {members} members.")
         values[position] = value - (members - kept) * each
-    return module, name, values[0] if positions is None else type(old)(values)
+    if positions is None:
+        return module, name, values[0]
+    return module, name, tuple(values) if isinstance(old, tuple) else values
 
 
 def arguments_of(module: nn.Module) -> list[str]:
@@ -411,7 +414,7 @@ class PrunedConfigMixin:
     @property
     def kv_sharing_modes(self) -> list[str | None]:
         """Tells the KV caches of transformers which layers store nothing ("reuse" makes a dummy cache layer)."""
-        return _modes(super(), self)  # type: ignore[arg-type]
+        return _modes(super(), self)
 
 
 def _modes(stock: Any, config: Any) -> Any:
@@ -488,7 +491,7 @@ def autos_of(stock_config: Any) -> dict[str, type]:
             continue
         for key in keys:
             # by name: to ask the mapping for its classes would import every model there is
-            named = auto._model_mapping._model_mapping.get(key)  # type: ignore[attr-defined]
+            named = auto._model_mapping._model_mapping.get(key)
             model = getattr(transformers, named if isinstance(named, str) else named[0], None) if named else None
             known = getattr(model, "config_class", None)
             # some families have a config of their own for the class of another (EXAONE's is Llama's)
@@ -536,7 +539,7 @@ class PrunedModelMixin:
         """Which parameters are one: of those that are left, where layers that shared some were removed."""
         if (left := self.__dict__.get("_tied_left")) is not None:
             return dict(left)
-        return super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc,no-any-return]
+        return super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
 
 
 def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:

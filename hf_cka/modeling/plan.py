@@ -245,7 +245,8 @@ class PruningPlan:
         """Return the plan as plain data, ready for JSON.
 
         Example:
-            >>> PruningPlan(num_layers=4, model_type="llama", removed_mlp=(1,)).to_dict()["stacks"][""]["removed_branches"]
+            >>> plan = PruningPlan(num_layers=4, model_type="llama", removed_mlp=(1,))
+            >>> plan.to_dict()["stacks"][""]["removed_branches"]
             {'mlp': [1]}
         """
         return {

@@ -65,6 +65,7 @@ class Target:
     rung: Rung = Rung("stock", "")
 
 
+@torch.random.fork_rng(devices=[])  # models are built on the way; whoever trains draws on as if nothing had been
 def target_of(anatomy: Anatomy, plan: PruningPlan) -> Target:
     """Return what a plan makes of a model; nothing is changed.
 
@@ -116,6 +117,7 @@ def rung_for(model: Any, plan: PruningPlan) -> Rung:
     return target_of(model if isinstance(model, Anatomy) else find_anatomy(model), plan).rung
 
 
+@torch.random.fork_rng(devices=[])
 def rung_of(model: Any) -> Rung:
     """Say which rung of the ladder a model needs as it is.
 
@@ -220,9 +222,9 @@ def _merge(
     for name, table in plan.kept.items():
         for i, members in table.items():
             path = now.layer_name(i)
-            width = now.stack.layers[i].width(name)
-            assert width is not None
-            key = path, width.output.parameter
+            there = now.stack.layers[i].width(name)
+            assert there is not None
+            key = path, there.output.parameter
             before = kept.get(key)
             kept[key] = list(members) if before is None else [before[m] for m in members]
 

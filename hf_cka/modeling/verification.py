@@ -162,10 +162,7 @@ def candidates(config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
     parts = [v for v in config.values() if isinstance(v, Mapping) and "model_type" in v]
     if "vocab_size" in config and not parts and not config.get("is_encoder_decoder"):
         return [probe_inputs(config)]
-    made = [
-        {name: value for name, value in batch.items()}
-        for batch in itertools.islice(probe_batches(_on_meta(config), rows=2), 24)
-    ]
+    made = [dict(batch) for batch in itertools.islice(probe_batches(_on_meta(config), rows=2), 24)]
     return made + ([probe_inputs(config)] if "vocab_size" in {**config, **(config.get("text_config") or {})} else [])
 
 
@@ -187,8 +184,9 @@ def _stock(config: Mapping[str, Any]) -> tuple[Any, Any]:
     stock = getattr(transformers, code.stock_name((config.get("architectures") or [""])[0]))
     kept = {k: v for k, v in config.items() if k not in ("hf_cka", "auto_map", "base_model_type", "model_type")}
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    model_type = config.get("base_model_type") or config.get("model_type")
-    return stock, (known[model_type] if model_type in known else stock.config_class).from_dict(kept)
+    model_type = str(config.get("base_model_type") or config.get("model_type"))
+    cls = known[model_type] if model_type in known else stock.config_class  # noqa: SIM401 (its `get` is not lazy)
+    return stock, cls.from_dict(kept)
 
 
 def _on_meta(config: Mapping[str, Any]) -> Any:

@@ -67,8 +67,8 @@ def check_reachable(run: Run, entry: CriterionEntry) -> None:
     largest = run.removable.parameters(all_of_them)
     total = run.history.parameters
     if not smallest / 2 <= run.need <= largest + smallest / 2:
-        kind = TooLittleError if run.need < smallest / 2 else ValueError
-        raise kind(
+        refused = TooLittleError if run.need < smallest / 2 else ValueError
+        raise refused(
             f"ratio={config.ratio} cannot be reached by removing {config.structures} here: from {smallest / total:.4f} "
             f"(the smallest of them) to {largest / total:.4f} (all that can go) of {total:,} parameters. Choose a "
             "ratio in that range, another kind of structures, or fewer protected layers."

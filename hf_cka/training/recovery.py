@@ -15,6 +15,7 @@ from torch import nn
 from hf_cka.anatomy import Anatomy, find_anatomy
 from hf_cka.data import Batch
 from hf_cka.lookup import lookup
+from hf_cka.pruning.history import recorded_plan
 from hf_cka.selection import select_layers
 
 _VERSION = 1
@@ -196,15 +197,18 @@ def _lora(anatomy: Anatomy, config: RecoveryConfig, batches: Iterable[Batch] | N
     from peft import LoraConfig, get_peft_model
 
     settings: dict[str, Any] = _lora_settings(anatomy, config)
-    names = {index: _projections(anatomy, index) for index in range(anatomy.num_layers)}
+    stacks = _pruned_stacks(anatomy)
     if config.rank_budget == "importance":
-        scores = select_layers(anatomy.model, batches, 1.0, criterion="block_influence", progress=False).scores
-        ranks = spread_ranks(scores, config.rank)
-        # keys are regular expressions that PEFT matches at the end of a name
-        pattern = {rf"^{name}".replace(".", r"\."): ranks[i] for i, found in names.items() for name in found}
+        data, pattern = list(batches or ()), {}
+        for on in stacks:
+            path = on.stack.path
+            chosen = select_layers(on.model, data, 1.0, criterion="block_influence", stack=path, progress=False)
+            for index, rank in enumerate(spread_ranks(chosen.scores, config.rank)):
+                # keys are regular expressions that PEFT matches at the end of a name
+                pattern |= {rf"^{name}".replace(".", r"\."): rank for name in _projections(on, index)}
         settings["rank_pattern"] = pattern
         settings["alpha_pattern"] = {key: settings["lora_alpha"] * rank / config.rank for key, rank in pattern.items()}
-    targets = [name for found in names.values() for name in found]
+    targets = [name for on in stacks for index in range(on.num_layers) for name in _projections(on, index)]
     return get_peft_model(anatomy.model, LoraConfig(target_modules=targets, **settings))
 
 
@@ -213,10 +217,11 @@ def _cka_lora(anatomy: Anatomy, config: RecoveryConfig, batches: Iterable[Batch]
 
     from hf_cka.lora import CKALoraConfig
 
-    settings = _lora_settings(anatomy, config)
-    chosen = CKALoraConfig.from_model(anatomy.model, batches, keep_ratio=config.keep_ratio, **settings)
+    settings, stacks = _lora_settings(anatomy, config), _pruned_stacks(anatomy)
+    where = stacks[0].stack.path if len(stacks) == 1 else None
+    chosen = CKALoraConfig.from_model(anatomy.model, batches, keep_ratio=config.keep_ratio, stack=where, **settings)
     # by full name: in a pruned model a projection may be gone from some of the layers
-    chosen.target_modules = [name for index in chosen.selection.layers for name in _projections(anatomy, index)]
+    chosen.target_modules = chosen.selection.module_names()
     chosen.layers_to_transform = chosen.layers_pattern = None
     return get_peft_model(anatomy.model, chosen)
 
@@ -283,6 +288,13 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+
+
+def _pruned_stacks(anatomy: Anatomy) -> list[Anatomy]:
+    """The stacks that were pruned, by the model's record; that with most parameters where it has none."""
+    plan = recorded_plan(anatomy.model)
+    parts = plan.by_stack if plan is not None else ()
+    return [anatomy.on(part.stack) if part.stack else anatomy for part in parts] or [anatomy]
 
 
 def _projections(anatomy: Anatomy, index: int) -> list[str]:

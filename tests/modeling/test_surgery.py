@@ -227,6 +227,18 @@ def test_caches_that_cannot_leave_layers_out_are_noticed(monkeypatch):
     apply_plan(tiny_model("bert"), make_plan("bert", "attention"))
 
 
+def test_random_numbers_go_on_as_if_nothing_had_been():
+    """A run that finds out about its model while it trains equals one that knew."""
+    model = tiny_model("llama", intermediate_size=40)  # of a configuration that nothing is known about
+    plan = PruningPlan(4, "llama", removed_layers=(1,), kept_units={i: range(20) for i in (0, 2, 3)})
+    state = torch.random.get_rng_state()
+    find_anatomy(model)
+    plan.price(model)
+    plan.explain(model)
+    apply_plan(model, plan)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_tied_weights_stay_tied_and_gradients_keep_their_switch():
     model = tiny_model("llama", tie_word_embeddings=True)
     model.model.layers[0].mlp.requires_grad_(False)

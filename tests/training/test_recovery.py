@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_cka import PruningPlan, apply_plan, select_layers
+from hf_cka import PruningPlan, apply_plan, find_anatomy, select_layers
 from hf_cka.training.recovery import RecoveryConfig, finish_recovery, prepare_recovery, spread_ranks
 from tests.tiny import tiny_batch, tiny_model
+from tests.world import world_model
 
 PLAN = {"removed_layers": (1,), "removed_mlp": (2,), "kept_units": {0: range(20)}}
 BATCHES = [tiny_batch(seed=seed) for seed in range(4)]
@@ -39,6 +40,16 @@ def test_cka_lora_trains_the_layers_that_select_layers_picks_on_the_pruned_model
     model = prepare_recovery(pruned(), RecoveryConfig("cka_lora", keep_ratio=0.67), BATCHES)
     assert {int(name.split(".")[2]) for name in adapted(model)} == set(chosen)
     assert len(chosen) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "cka_lora"])
+def test_lora_goes_into_the_stack_that_was_pruned(method):
+    model = world_model("bart", "AutoModelForSeq2SeqLM")
+    stack = find_anatomy(model).on("encoder").stack.path
+    model = apply_plan(model, PruningPlan(4, "bart", removed_layers=(1,), stack=stack))
+    names = adapted(prepare_recovery(model, method, [tiny_batch(batch=8)]))
+    assert names
+    assert all(name.startswith(f"{stack}.") for name in names)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "modernbert", "opt"])
