@@ -219,11 +219,11 @@ def main() -> None:
 INTRODUCTION = """# Real models of every kind, end to end
 
 `python benchmarks/real_models.py --assets ASSETS --output FILE` (`--models` measures some of them again): what is
-removed, who chose it, and what is left of the parameters and of the quality before any training. Rung: `stock` loads with
-transformers alone, `hf_cka` with hf_cka or its remote code. Reload: whether the output of the saved model, loaded by its
-auto class in a process that never saw it, equals that of the model in memory to the last bit; the quality is measured
-there. Random: the mean, and in brackets the range. Seconds, of choosing and removing, and of a step of training, are
-those of a CPU that others used as well. float32.
+removed, who chose it, and what is left of the parameters and of the quality before any training. Rung: `stock` loads
+with transformers alone, `hf_cka` with hf_cka or its remote code. Reload: whether the output of the saved model, loaded
+by its auto class in a process that never saw it, equals that of the model in memory to the last bit; the quality is
+measured there. Random: the mean, and in brackets the range. Seconds, of choosing and removing, and of a step of
+training, are those of a CPU that others used as well. float32.
 """
 
 
