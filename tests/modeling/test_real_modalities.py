@@ -88,7 +88,7 @@ def test_a_vit_without_layers_still_tells_garments_apart(vit, tmp_path):
     model, processor, batches, rows = vit
     dense = accuracy(model, processor, rows)
     small = prune(model, batches, PruningConfig(num_layers=2), progress=False).model
-    saved = save_pruned(small, tmp_path / "small", tokenizer=processor)
+    saved = save_pruned(small, tmp_path / "small", tokenizer=processor, verify=False)
     assert saved.rung.name == "stock"
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert torch.equal(output(again, batches[0]), output(small, batches[0]))
@@ -118,24 +118,23 @@ def test_a_vit_with_fewer_units_is_a_stock_checkpoint(vit, tmp_path):
 
 @pytest.fixture(scope="module")
 def whisper(assets: Path) -> tuple[Any, Any, Any, list[Any]]:
-    """The speech model, its processor, calibration batches (five short recordings), and the speech with its words."""
+    """The speech model, its processor, calibration batches (three short recordings), and the speech with its words."""
     folder = had(real_weights.whisper)
     model, processor = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder), load_processor(folder)
     rows = had(real_weights.sentences, "cards")
     start = decoder_start(model.config)
-    batches = calibration(rows, processor, 5, batch_size=5, decoder_start_token_id=start)
+    batches = calibration(rows, processor, 3, batch_size=3, decoder_start_token_id=start)
     speech = [{"audio": str(assets / "audio" / "jfk.flac"), "text": real_weights.WORDS_OF_JFK}]
     return model, processor, batches, speech
 
 
-def transcript(model: Any, processor: Any, rows: list[Any]) -> str:
-    return word_error_rate(model, processor, rows, progress=False, max_new_tokens=40).transcripts[0].produced
+def errors(model: Any, processor: Any, rows: list[Any]) -> float:
+    return word_error_rate(model, processor, rows, progress=False, max_new_tokens=40).value
 
 
-def test_whisper_writes_the_same_without_some_heads(whisper, tmp_path):
+def test_whisper_writes_the_same_words_without_some_heads(whisper, tmp_path):
     model, processor, batches, speech = whisper
-    before = transcript(model, processor, speech)
-    assert before.startswith("And so my fellow Americans ask not what your country can do for you")
+    assert errors(model, processor, speech) == 0
     width = WidthSettings(structures="heads")
     config = PruningConfig(method="width", ratio=0.0105, stack="encoder", width=width)  # one of six in every layer
     small = prune(model, batches, config, progress=False).model
@@ -143,7 +142,7 @@ def test_whisper_writes_the_same_without_some_heads(whisper, tmp_path):
     again = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "small")
     assert {find_anatomy(again, "encoder").sizes(i).num_heads for i in range(4)} == {5}
     assert torch.equal(output(again, batches[0]), output(small, batches[0]))
-    assert transcript(again, load_processor(tmp_path / "small"), speech) == before
+    assert errors(again, load_processor(tmp_path / "small"), speech) == 0
 
 
 def test_lora_of_whisper_is_chosen_in_both_towers(whisper):
@@ -158,4 +157,4 @@ def test_lora_of_whisper_is_chosen_in_both_towers(whisper):
     for path, layers in towers.items():
         found = {int(n.partition(f"{path}.")[2].partition(".")[0]) for n in inside if f"{path}." in n}
         assert found == set(layers)
-    assert transcript(adapted.unload(), processor, speech).startswith("And so my fellow Americans")
+    assert errors(adapted, processor, speech) == 0  # adapters begin as nothing
