@@ -300,7 +300,7 @@ def narrow(layer: nn.Module, data: Mapping[str, Any], kept: Sequence[int], cut: 
         ValueError: where the data does not fit the layer; before anything is changed.
     """
     members = data["members"]
-    todo = []
+    todo: list[tuple[Any, str, int, torch.Tensor]] = []
     for path, axis, segments in data["slices"]:
         parent, _, name = path.rpartition(".")
         module = part(layer, parent)
