@@ -39,6 +39,7 @@ OVERRIDES: dict[str, Override] = {
         stays={"MllamaCrossAttentionDecoderLayer": "generation asks its cache whether there was a picture"}
     ),
     "nemotron_h": _FUSED,
+    "rwkv": Override(stays={"heads": "the model keeps a state of the width that its config names for every layer"}),
     "qwen4_exp_text": Override(stays={"attention": "its layer of the cache serves a convolution as well"}),
 }
 

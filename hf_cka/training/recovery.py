@@ -199,7 +199,8 @@ def _lora(anatomy: Anatomy, config: RecoveryConfig, batches: Iterable[Batch] | N
     settings: dict[str, Any] = _lora_settings(anatomy, config)
     stacks = _pruned_stacks(anatomy)
     if config.rank_budget == "importance":
-        data, pattern = list(batches or ()), {}
+        data = list(batches or ())
+        pattern: dict[str, Any] = {}
         for on in stacks:
             path = on.stack.path
             chosen = select_layers(on.model, data, 1.0, criterion="block_influence", stack=path, progress=False)
