@@ -76,7 +76,7 @@ def load_processor(model_folder: str | Path, trust_remote_code: bool = False) ->
     """
     from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    name, options = str(model_folder), {"trust_remote_code": True} if trust_remote_code else {}
+    name, options = str(model_folder), {"trust_remote_code": trust_remote_code}  # None would ask at the terminal
     described = {file: _json(name, file) for file in ("processor_config.json", "preprocessor_config.json")}
     settings: dict[str, Any] = {}
     for found in described.values():

@@ -166,11 +166,12 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     from hf_cka.modeling.register import register
 
     register()
-    config = AutoConfig.from_pretrained(folder)
+    kwargs = {"dtype": "auto", "trust_remote_code": False, **kwargs}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
     architecture = (config.architectures or [""])[0]
     loader = auto_class(architecture)
     try:
-        model, report = loader.from_pretrained(folder, output_loading_info=True, **{"dtype": "auto", **kwargs})
+        model, report = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
     except RuntimeError as error:
         raise CheckpointError(f"{str(folder)!r} does not hold what its config says: {error}") from error
     wrong = {

@@ -12,16 +12,19 @@ if TYPE_CHECKING:
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """Load a model with the head its config names, and the tokenizer or processor that makes its inputs.
 
     Args:
         name: a Hub id, or the folder of a saved model.
         device: as :func:`best_device`.
         dtype: "auto" (the model's own), "float32", "bfloat16" or "float16".
+        trust_remote_code: run code that the model brings along. Nothing ever asks at a terminal.
 
     Raises:
-        ValueError: for an unknown dtype.
+        ValueError: for an unknown dtype, or a model with code of its own that is not trusted.
         FileNotFoundError: for a folder that is not there or holds no model.
         OSError: if there is no such model on the Hub.
 
@@ -36,28 +39,31 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
 
     if dtype not in _DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}: one of {', '.join(_DTYPES)}.")
-    loader, _ = _loader(name)
-    model = loader.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    return model.to(best_device(device)), load_processor(name)
+    loader, _ = _loader(name, trust_remote_code)
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = loader.from_pretrained(name, dtype=chosen, trust_remote_code=trust_remote_code)
+    return model.to(best_device(device)), load_processor(name, trust_remote_code=trust_remote_code)
 
 
-def skeleton(name: str) -> PreTrainedModel:
+def skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model on the meta device: its class and its shapes, without its weights.
 
     Args:
-        name: as for :func:`load_model`.
+        name, trust_remote_code: as for :func:`load_model`.
 
     Raises:
-        FileNotFoundError, OSError: as :func:`load_model`.
+        ValueError, FileNotFoundError, OSError: as :func:`load_model`.
     """
     import torch
 
-    loader, config = _loader(name)
+    loader, config = _loader(name, trust_remote_code)
     with torch.device("meta"):
-        return loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
+        if hasattr(loader, "from_config"):
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
+        return loader(config)
 
 
-def _loader(name: str) -> tuple[Any, Any]:
+def _loader(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """What loads a model with the head that its config names, and the config."""
     import transformers
 
@@ -71,7 +77,7 @@ def _loader(name: str) -> tuple[Any, Any]:
         held = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(f"The folder {name!r} is no model: it has no config.json (it holds {held}).")
     register()
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or [""])[0]
     loader = auto_class(architecture)
     if loader is transformers.AutoModel:
