@@ -1,4 +1,4 @@
-"""Models that people use and that need a configuration or inputs of their own: chosen from, adapted, pruned, reloaded."""
+"""Popular models that need a configuration or inputs of their own: chosen from, adapted, pruned and reloaded."""
 
 from __future__ import annotations
 
@@ -200,7 +200,8 @@ def test_select_adapt_prune_and_reload(made, tmp_path):
     assert torch.allclose(_logits(adapted, batches[0]), dense, atol=1e-5)  # B is zero
     held = {n for n, _ in adapted.named_parameters() if "lora_A" in n}
     chosen = [anatomy.layer_name(i) for i in selection.layers]
-    assert held and all(any(f".{c}." in n for n in held) for c in chosen)
+    assert held
+    assert all(any(f".{c}." in n for n in held) for c in chosen)
 
     for kind, config in {
         "depth": PruningConfig(method="depth", criterion="cka", num_layers=1),
