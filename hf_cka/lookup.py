@@ -1,6 +1,6 @@
 """Find an entry of a table by name, and name the near ones when it is not there.
 
-Every family of interchangeable things (similarity measures, anatomy families, criteria, pooling rules) is a
+Every set of interchangeable things (similarity measures, criteria, pooling rules, stacks of a model) is a
 plain dict; this is the one place that turns a wrong name into a helpful error.
 """
 
