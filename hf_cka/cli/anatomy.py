@@ -12,7 +12,7 @@ from hf_cka.cli import options
 
 
 def anatomy_command(
-    model: Annotated[str, typer.Argument(help="A Hub id or a folder; only its config is read, not its weights.")],
+    model: Annotated[str, typer.Argument(help="A Hub id or a folder; only its config is read.")],
     stack: Annotated[str | None, typer.Option(help="The stack to look from: its path, or part of it.")] = None,
     as_json: options.Json = False,
 ) -> None:

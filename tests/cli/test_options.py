@@ -52,8 +52,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no model: it has no config.json"):
         options.load_model(str(tmp_path / "empty"))
     tiny_vit().save_pretrained(tmp_path / "vit")
-    with (
-        pytest.warns(UserWarning, match="holds no image processor"),
-        pytest.raises(ValueError, match="Unknown dtype 'float31'"),
-    ):
+    with pytest.raises(ValueError, match="Unknown dtype 'float31'"):
         options.load_model(str(tmp_path / "vit"), dtype="float31")
+    with pytest.warns(UserWarning, match="holds no image processor"):
+        options.load_model(str(tmp_path / "vit"))

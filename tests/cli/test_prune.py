@@ -10,6 +10,7 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from hf_cka import PruningPlan
 from hf_cka.cli.prune import prune_command
 from hf_cka.pruning.history import FILE, PruningHistory
 
@@ -63,7 +64,7 @@ def test_json_for_programs(given):
     data = json.loads(done.stdout)
     assert data["history"]["config"]["criterion"] == "block_influence"
     assert data["parameters"][0] * (1 - data["ratio"]) == pytest.approx(data["parameters"][1])
-    assert len(data["plan"]["removed_layers"]) == 1
+    assert len(PruningPlan.from_dict(data["plan"]).removed_layers) == 1
     assert data["output"] is None
 
 

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from hf_cka import PruningPlan
 from hf_cka.hub import push_pruned
 from hf_cka.modeling import CheckpointError
 from tests.hub.server import TOKEN, LoopbackHub
@@ -167,7 +168,7 @@ def test_the_model_s_own_push_to_hub_sends_the_remote_code(hub):
     assert "modeling_hf_cka.py" in files
     config = json.loads(files["config.json"])
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hf_cka.PrunedLlamaForCausalLM"
-    assert config["pruning"]["plan"]["stacks"][""]["removed_branches"] == {"mlp": [2]}
+    assert PruningPlan.from_dict(config["pruning"]["plan"]).removed_mlp == (2,)
 
 
 @pytest.mark.parametrize(
