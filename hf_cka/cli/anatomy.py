@@ -13,7 +13,7 @@ from hf_cka.cli import options
 
 def anatomy_command(
     model: Annotated[str, typer.Argument(help="A Hub id or a folder; only its config is read.")],
-    stack: Annotated[str | None, typer.Option(help="The stack to look from: its path, or part of it.")] = None,
+    stack: options.Stack = None,
     as_json: options.Json = False,
 ) -> None:
     """Show stacks, layers, branches and widths of a model, what can be removed, and why not where not.

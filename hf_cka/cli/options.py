@@ -23,6 +23,7 @@ TextColumn = Annotated[
 NumSamples = Annotated[int, typer.Option(help="Calibration samples.", rich_help_panel=_SHARED)]
 MaxLength = Annotated[int, typer.Option(help="Tokens after which a sample is cut.", rich_help_panel=_SHARED)]
 BatchSize = Annotated[int, typer.Option(help="Samples in one forward pass.", rich_help_panel=_SHARED)]
+Stack = Annotated[str | None, typer.Option(help="Stack by name, or all; default: see hf-cka anatomy.")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.", rich_help_panel=_SHARED)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=_SHARED)]
 Dtype = Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16 or float16.", rich_help_panel=_SHARED)]
@@ -62,3 +63,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     from hf_cka.modeling.loading import load_model as load
 
     return load(name, device, dtype)
+
+
+def stacks(given: str | None) -> str | tuple[str, ...] | None:
+    """Return what `--stack` names.
+
+    Example:
+        >>> stacks("encoder,decoder"), stacks("all"), stacks(None)
+        (('encoder', 'decoder'), 'all', None)
+    """
+    names = tuple(part.strip() for part in (given or "").split(",") if part.strip())
+    return names if len(names) > 1 else names[0] if names else None

@@ -47,6 +47,7 @@ def prune_command(
     repair: Annotated[str | None, typer.Option(help="least_squares, mean_shift, linear_map; default: none.")] = None,
     steps: Annotated[int | None, typer.Option(help="How often to score; default: after each removal.")] = None,
     protect: Annotated[str | None, typer.Option(help="Layers that stay, such as 0,-1; default: none.")] = None,
+    stack: options.Stack = None,
     pooling: Annotated[str | None, typer.Option(help="Readout: mean (default), last, cls or auto.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and price only; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in --output.")] = False,
@@ -79,6 +80,7 @@ def prune_command(
         "repair": repair,
         "steps": steps,
         "protect": None if protect is None else tuple(int(part) for part in protect.split(",")),
+        "stack": options.stacks(stack),
         "pooling": pooling,
         "seed": seed,
     }

@@ -22,6 +22,7 @@ def select_command(
     criterion: Annotated[str, typer.Option(help="What scores the layers.")] = "cka",
     pooling: Annotated[str, typer.Option(help="auto, last, cls, mean or tokens.")] = "auto",
     paper: Annotated[bool, typer.Option("--paper", help="Reproduce arXiv 2602.05988.")] = False,
+    stack: options.Stack = None,
     target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj; default: all of a layer.")] = None,
     split: options.Split = "train",
     text_column: options.TextColumn = None,
@@ -56,7 +57,16 @@ def select_command(
         batch_size=batch_size,
         text_column=text_column,
     )
-    selection = select_layers(loaded, batches, keep_ratio, criterion=criterion, pooling=pooling, paper=paper, seed=seed)
+    selection = select_layers(
+        loaded,
+        batches,
+        keep_ratio,
+        criterion=criterion,
+        pooling=pooling,
+        paper=paper,
+        stack=options.stacks(stack),
+        seed=seed,
+    )
     targets = target_modules.split(",") if target_modules else None
     selection.module_names(targets)  # a name that matches nothing is said before anything is written
     written = [selection.save(output.with_suffix(".json"))]

@@ -98,7 +98,8 @@ class PruningConfig:
         protect: layers that stay, by index in the model given; negative ones count from the end. For several stacks:
             stack -> layers.
         stack: which stack of layers is pruned, by its path or an unambiguous part of it ("encoder"); several of them,
-            one after the other, each by its share of the ratio; or ``"all"``. By default the one with most parameters.
+            one after the other, each by its share of the ratio; or ``"all"``. By default the largest that can lose
+            layers and that any input reaches (a vision tower comes after the text).
         order: ``"reversed"`` removes the most important first, as a control.
         reach: end ``"nearest"`` to the ratio, or on one side of it (``"at_least"``, ``"at_most"``).
         rescore: ``"lazy"`` scores again only what can change the decision, where the criterion allows it;

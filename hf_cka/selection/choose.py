@@ -63,8 +63,9 @@ def select_layers(
         paper: reproduce arXiv 2602.05988: biased linear CKA, CLS for encoders and last token for decoders, and never
             the first layer of an encoder.
         exclude: layers that are never chosen.
-        stack: which stack of layers to choose in, by path or part of it; several; or ``"all"``. By default the one
-            with most parameters, and of an encoder-decoder both. The selection's ``others`` hold all but the first.
+        stack: which stack of layers to choose in, by path or part of it; several; or ``"all"``. By default the
+            largest that any input reaches, and of an encoder-decoder both. The selection's ``others`` hold all but
+            the first.
         seed: of ``random``.
         progress: show a bar.
 

@@ -103,6 +103,6 @@ def test_a_pruned_checkpoint_is_loaded_with_its_head(tmp_path):
     model = apply_plan(tiny_model("llama"), PruningPlan(num_layers=4, model_type="llama", removed_mlp=(1,)))
     save_pruned(model, tmp_path / "pruned", verify=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: None)
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, **options: None)
         loaded, _ = load_model(str(tmp_path / "pruned"), "cpu")
     assert type(loaded).__name__ == "PrunedLlamaForCausalLM"
