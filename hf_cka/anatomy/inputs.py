@@ -107,10 +107,10 @@ def _pictures(config: Any, rows: int, draw: torch.Generator) -> Iterator[torch.T
     )
     size = _field(vision, ("image_size", "input_size")) or _field(config, ("image_size",)) or 32
     channels = _field(vision, ("num_channels", "in_channels", "in_chans")) or 3
-    large = (min(size) if isinstance(size, (list, tuple)) else size) > 256
-    for edge in dict.fromkeys((*([128] if large else []), size, 224)):  # a convolutional net takes any size
+    large = (min(size) if isinstance(size, (list, tuple)) else size) > 64
+    for edge in dict.fromkeys((*([64] if large else []), size, 224)):  # a convolutional net takes any size
         pair = edge if isinstance(edge, (list, tuple)) else (edge, edge)
-        yield torch.randn(rows if pair[0] <= 64 else 2, channels, *pair, generator=draw)
+        yield torch.randn(rows if pair[0] <= 32 else 2, channels, *pair, generator=draw)
 
 
 def _sounds(config: Any, rows: int, draw: torch.Generator) -> Iterator[dict[str, torch.Tensor]]:

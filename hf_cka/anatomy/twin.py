@@ -172,6 +172,8 @@ def shrunk(config: Any, divisor: int) -> Any:
             small.__dict__[key] = min(value, 8)  # of a scan: a way of computing, which costs a short text the most
         elif key == "rope_parameters" and isinstance(value, Mapping):
             small.__dict__[key] = _shrunk_rope(value, divisor)
+        elif key == "head_dim" and type(value) is int:
+            small.__dict__[key] = max(4, value // divisor) if value % 4 == 0 else value
         elif _WIDTHS.search(key) and not _COUNTS.search(key):
             small.__dict__[key] = _divided(value, divisor)
     return small
@@ -179,6 +181,9 @@ def shrunk(config: Any, divisor: int) -> Any:
 
 def _divided(value: Any, divisor: int) -> Any:
     if isinstance(value, (list, tuple)):
+        # stages stay in proportion
+        while divisor > 1 and not all(type(v) is int and _divided(v, divisor) < v for v in value):
+            divisor //= 2
         return type(value)(_divided(v, divisor) for v in value)
     return value // divisor if type(value) is int and value >= 4 * divisor and value % divisor == 0 else value
 
