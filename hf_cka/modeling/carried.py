@@ -25,7 +25,7 @@ def adapter_configs(model: Any) -> Mapping[str, Any]:
         model: the model itself, as `Anatomy.model` is, or a `PeftModel`.
 
     Example:
-        >>> dict(adapter_configs(nn.Linear(2, 2)))
+        >>> dict(adapter_configs(torch.nn.Linear(2, 2)))
         {}
     """
     configs = getattr(model, "peft_config", None)
@@ -42,7 +42,7 @@ def added_weight(module: Any) -> torch.Tensor | None:
         module: a projection, with or without adapters.
 
     Example:
-        >>> added_weight(nn.Linear(2, 2)) is None
+        >>> added_weight(torch.nn.Linear(2, 2)) is None
         True
     """
     deltas = [module.get_delta_weight(name) for name in active_adapters(module)]

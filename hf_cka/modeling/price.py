@@ -412,8 +412,9 @@ def explain(plan: PruningPlan, model: Any) -> Explanation:
 
     Example:
         >>> from transformers import LlamaConfig
-        >>> plan = PruningPlan(num_layers=32, model_type="llama", removed_attention=(5,))
-        >>> plan.explain(LlamaConfig()).rung.name
+        >>> config = LlamaConfig(num_hidden_layers=4, hidden_size=8, intermediate_size=16, num_attention_heads=2,
+        ...                      vocab_size=16)
+        >>> PruningPlan(num_layers=4, model_type="llama", removed_attention=(1,)).explain(config).rung.name
         'hf_cka'
     """
     from hf_cka.modeling.structure import target_of

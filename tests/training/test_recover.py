@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_cka import PruningConfig, PruningPlan, apply_plan, prune, recover
+from hf_cka.pruning.history import recorded_plan
 from hf_cka.training import DistillationConfig, DistillationMixin, RecoveryConfig
 from hf_cka.training.distillation import layer_map
 from hf_cka.training.divergence import hidden_difference, teacher_divergence
@@ -126,7 +127,7 @@ def test_hidden_states_are_compared_by_original_layer(pruned_stories):
     with torch.no_grad():
         ours = pruned.eval()(**held_out, output_hidden_states=True).hidden_states
         theirs = dense.eval()(**held_out, output_hidden_states=True).hidden_states
-    kept = [i for i in range(5) if i not in pruned.config.pruning["plan"]["removed_layers"]]
+    kept = [i for i in range(5) if i not in recorded_plan(pruned).removed_layers]
     mask = held_out["attention_mask"].bool()
     before_the_gap = {i: j for i, j in enumerate(kept) if i == j}
     if before_the_gap:
