@@ -31,18 +31,18 @@ class Cut:
 
     Args:
         what: in words.
-        settings: of `PruningConfig`, without the criterion.
+        settings: of `PruningConfig`; the controls have a criterion of their own.
     """
 
     what: str
     settings: dict[str, Any]
 
     def configs(self) -> Iterator[tuple[str, PruningConfig]]:
-        """Who chooses, and the config: the default criterion of the method, and the controls."""
+        """Who chooses, and the config: a criterion (by default the method's), and the controls."""
         yield "", PruningConfig(**self.settings)
-        yield "magnitude", PruningConfig(**self.settings, criterion="magnitude")
+        yield "magnitude", PruningConfig(**{**self.settings, "criterion": "magnitude"})
         for seed in RANDOM_SEEDS:
-            yield "random", PruningConfig(**self.settings, criterion="random", seed=seed)
+            yield "random", PruningConfig(**{**self.settings, "criterion": "random", "seed": seed})
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def pairs(part: str, options: argparse.Namespace, count: int | None = None, seed
     return rows if count is None else random.Random(seed).sample(rows, count)
 
 
-def sentence_batches(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
-    return calibration([row["sentence1"] for row in pairs("train", options)], tokenizer, 128, max_length=64)
+def sentence_batches(model: Any, tokenizer: Any, options: argparse.Namespace, count: int = 128) -> Any:
+    return calibration([row["sentence1"] for row in pairs("train", options)], tokenizer, count, max_length=64)
 
 
 def sentence_score(model: Any, tokenizer: Any, options: argparse.Namespace, count: int = 300) -> dict[str, float]:
@@ -227,12 +227,12 @@ def stories(options: argparse.Namespace) -> list[str]:
 
 
 def text_batches(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
-    return calibration(stories(options)[200:], tokenizer, 64, max_length=128)
+    return calibration(stories(options)[200:], tokenizer, 32, max_length=128)
 
 
 def text_score(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, float]:
     text = "\n".join(stories(options)[:20])
-    found = perplexity(model, tokenizer, text, context=512, max_tokens=2048, batch_size=2, progress=False)
+    found = perplexity(model, tokenizer, text, context=512, max_tokens=1024, batch_size=2, progress=False)
     return {"perplexity": found.value}
 
 
@@ -244,37 +244,41 @@ def text_steps(model: Any, tokenizer: Any, options: argparse.Namespace, seed: in
         yield lambda model, inputs=inputs, labels=labels: model(**inputs, labels=labels).loss
 
 
-SENTENCES = {"auto": "AutoModel", "batches": sentence_batches, "score": sentence_score, "train": cosine_steps}
-STS = "STS-B: rank correlation x 100 on 300 pairs of the development set (± {error}, the same pairs everywhere)."
+STS = "STS-B: rank correlation x 100 on {pairs} pairs of the development set (± {error}, the same pairs everywhere)."
 KINDS = {
     "minilm": Kind(
         "all-MiniLM-L6-v2 (BERT, 6 layers)",
+        "AutoModel",
         load=auto("AutoModel", real_weights.minilm),
+        batches=sentence_batches,
+        score=sentence_score,
         cuts=(
             layers(1),
             sublayers(2),
             widths("3 of 12 heads", "heads", 0.039),
             widths("a quarter of the units", "units", 0.078),
         ),
+        train=cosine_steps,
         steps=30,
         rate=5e-4,
-        note=STS.format(error="1.6"),
-        **SENTENCES,
+        note=STS.format(pairs=300, error="1.6"),
     ),
     "mpnet": Kind(
         "all-mpnet-base-v2 (MPNet, 12 layers)",
+        "AutoModel",
         load=auto("AutoModel", real_weights.mpnet),
+        batches=partial(sentence_batches, count=32),
+        score=partial(sentence_score, count=100),
         cuts=(
             layers(2),
-            sublayers(3),
             widths("3 of 12 heads", "heads", 0.0647),
             widths("a quarter of the units", "units", 0.129),
         ),
+        train=cosine_steps,
         steps=8,
         rate=5e-4,
         seeds=1,
-        note=STS.format(error="1.6"),
-        **SENTENCES,
+        note=STS.format(pairs=100, error="2.8"),
     ),
     "vit": Kind(
         "ViT for Fashion-MNIST (8 layers)",
@@ -323,8 +327,8 @@ KINDS = {
         batches=text_batches,
         score=text_score,
         cuts=(
-            layers(3),
-            sublayers(4),
+            layers(3, criterion="block_influence", steps=1),
+            sublayers(4, criterion="block_influence", steps=1),
             widths("1 of 3 KV groups", "heads", 0.0657),
             widths("an eighth of the units", "units", 0.074),
         ),
@@ -332,6 +336,6 @@ KINDS = {
         steps=8,
         rate=5e-4,
         seeds=2,
-        note="Perplexity on 2,048 tokens of TinyStories (lower is better); calibration and training on other stories.",
+        note="Perplexity on 1,024 tokens of TinyStories (lower is better); calibration and training on other stories.",
     ),
 }

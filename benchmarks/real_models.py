@@ -6,6 +6,7 @@ Each model loses layers, sub-layers, heads and MLP units, chosen by hf_cka's def
 by a draw with three seeds, and is measured before any training. Every pruned model is saved, loaded by its auto class
 in a process that never saw it, and measured there; its output on one batch must equal, to the last bit, that of the
 model in memory. Then adapters are trained for a few steps in all layers, the half that CKA chooses, and half at random.
+Finished rows are kept in a JSON file, so that an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import transformers
 from real_kinds import KINDS, Kind
 from safetensors.torch import load_file, save_file
 
-from hf_cka import CKALoraConfig, prune, save_pruned, select_layers
+from hf_cka import CKALoraConfig, PruningConfig, prune, save_pruned, select_layers
 from hf_cka.data import load_processor
 from hf_cka.evaluation import count_parameters
 from hf_cka.lookup import lookup
@@ -80,6 +81,16 @@ def output_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return output.logits if "logits" in output else output.last_hidden_state
 
 
+def kept(key: str, options: argparse.Namespace, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before under this name, or is now: an interrupted benchmark goes on."""
+    rows = json.loads(options.rows.read_text()) if options.rows.is_file() else {}
+    if key not in rows:
+        rows[key] = make()
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        options.rows.write_text(json.dumps(rows, indent=1))
+    return rows[key]
+
+
 def measured(model: Any, processor: Any, batches: Any, reader: Reader) -> dict[str, Any]:
     """Save a model, and return what the fresh process finds in the folder."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +115,7 @@ def pruned(name: str, kind: Kind, options: argparse.Namespace) -> Iterator[str]:
     yield f"`select_layers` keeps {chosen} ({time.perf_counter() - start:.1f} s on {batches.num_samples} samples)."
     yield ""
     with Reader(name, options) as reader:
-        dense = measured(model, processor, batches, reader)
+        dense = kept(f"{name}, nothing", options, lambda: measured(model, processor, batches, reader))
         metrics = [key for key in dense if key not in ("rung", "parameters", "same")]
         yield "| removed | chosen by | parameters | " + " | ".join(metrics) + " | rung | reload | seconds |"
         yield "|---" * (6 + len(metrics)) + "|"
@@ -112,12 +123,15 @@ def pruned(name: str, kind: Kind, options: argparse.Namespace) -> Iterator[str]:
         for cut in kind.cuts:
             found: dict[str, list[dict[str, Any]]] = {}
             for by, config in cut.configs():
-                start = time.perf_counter()
-                result = prune(model, batches, config, progress=False)
-                seconds = time.perf_counter() - start
-                row = {**measured(result.model, processor, batches, reader), "seconds": seconds}
+
+                def make(config: PruningConfig = config) -> dict[str, Any]:
+                    start = time.perf_counter()
+                    result = prune(model, batches, config, progress=False)
+                    seconds = time.perf_counter() - start
+                    return {**measured(result.model, processor, batches, reader), "seconds": seconds}
+
+                row = kept(f"{name}, {cut.what}, {config.criterion}, {config.seed}", options, make)
                 found.setdefault(by or str(config.criterion), []).append(row)
-                del result
             for by, rows in found.items():
                 yield line(cut.what, by, rows, total, metrics)
 
@@ -193,6 +207,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, required=True, help="folder with glue/, lm/, audio/ and models/")
     parser.add_argument("--models", nargs="+", default=list(KINDS), help=f"some of {', '.join(KINDS)}")
     parser.add_argument("--output", type=Path, help="Markdown file; printed as well")
+    parser.add_argument("--rows", type=Path, default=Path("runs/real_models.json"), help="finished rows, kept")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

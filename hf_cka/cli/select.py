@@ -70,9 +70,9 @@ def select_command(
     targets = target_modules.split(",") if target_modules else None
     selection.module_names(targets)  # a name that matches nothing is said before anything is written
     written = [selection.save(output.with_suffix(".json"))]
-    # trl sft trains on text, from a file or the Hub
+    # trl sft trains language models, on text from a file or the Hub
     trains = output.suffix.lower() != ".json" and batches[0].keys() == {"input_ids", "attention_mask"}
-    trains = trains and not is_collection(dataset)
+    trains = trains and not is_collection(dataset) and loaded.can_generate()
     if trains:
         output.write_text(trl_yaml(selection, model, dataset, split, targets), encoding="utf-8")
         written.insert(0, output)
@@ -84,6 +84,8 @@ def select_command(
         typer.echo(f"Wrote {file}")
     if trains:
         typer.echo(f"Train with: trl sft --config {output} --output_dir OUT")
+    else:
+        typer.echo(f"In Python: LoraConfig(**hf_cka.LayerSelection.load({str(written[0])!r}).lora_kwargs())")
 
 
 def trl_yaml(

@@ -535,10 +535,10 @@ def _uniform(
 
 def _ways(dense: Any, entry: Mapping[str, Any], count: int) -> list[Any]:
     """Ways to say a width in a config, the likeliest first."""
-    first = _with_heads if _block(entry) > 1 else _with_units
+    plain = [_with_heads] if _block(entry) > 1 else [_with_units, _with_units_of_one_tower]
     before = copy.deepcopy(dense)
     _with_experts(before, entry, count)
-    return [first] if before.to_dict() == dense.to_dict() else [_with_experts, first]
+    return plain if before.to_dict() == dense.to_dict() else [_with_experts, *plain]
 
 
 def _block(entry: Mapping[str, Any]) -> int:
@@ -600,13 +600,18 @@ def _with_heads(config: Any, entry: Mapping[str, Any], count: int) -> None:
             setattr(own, name, value // members * count)
 
 
-def _with_units(config: Any, entry: Mapping[str, Any], count: int) -> None:
+def _with_units(config: Any, entry: Mapping[str, Any], count: int, prefix: str = "") -> None:
     members = entry["members"]
     for _, own in _configs(config):
         for name, value in list(vars(own).items()):
-            if (
-                _UNITS.search(name)
-                and not name.startswith("_")
-                and (value == members or (value is None and name == "n_inner"))
-            ):
+            if not name.startswith(prefix or name) or name.startswith("_") or not _UNITS.search(name):
+                continue
+            if value == members or (value is None and name == "n_inner"):
                 setattr(own, name, count)
+
+
+def _with_units_of_one_tower(config: Any, entry: Mapping[str, Any], count: int) -> None:
+    """Encoder-decoders have a field for each side (`decoder_ffn_dim`)."""
+    for tower in ("encoder", "decoder"):
+        if all(tower in path.split(".") for path in entry["kept"]):
+            _with_units(config, entry, count, f"{tower}_")

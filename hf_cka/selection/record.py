@@ -206,7 +206,10 @@ class LayerSelection:
         return hashlib.sha256("\n".join(self.module_names()).encode()).hexdigest()[:16]
 
     def table(self) -> str:
-        """Return the scores as text: rank, score, standard error, and what was chosen."""
+        """Return the scores as text: rank, score, standard error, and what was chosen; stack by stack."""
+        return "\n\n".join(one._table(bool(self.others)) for one in (self, *self.others))
+
+    def _table(self, several: bool) -> str:
         defined = [(i, s) for i, s in enumerate(self.scores) if s is not None]
         top = max((abs(s) for _, s in defined), default=0.0) or 1.0
         rank = {i: r for r, i in enumerate(ranking(self.scores), start=1)}
@@ -220,11 +223,11 @@ class LayerSelection:
             note = "" if self.status[i] == "ok" else f"  ({self.status[i]})"
             shown = f"{error:7.4f}" if error is not None else " " * 7
             lines.append(f"{i:>5}  {rank[i]:>4}  {score:8.4f}  {shown}  {mark:<6}  {bar}{note}".rstrip())
-        where = f" of {self.layers_path}" if self.others else ""
+        where = f" of {self.layers_path}" if several else ""
         lines.append(f"{len(self.layers)} of {self.num_hidden_layers} layers{where} chosen by {self.criterion}.")
         if self.ties:
             lines.append("~ within one standard error of the cut: more samples may choose otherwise.")
-        return "\n".join([*lines, *(f"\n{other.table()}" for other in self.others)])
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""

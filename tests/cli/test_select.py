@@ -106,3 +106,18 @@ def test_a_pruned_checkpoint_is_loaded_with_its_head(tmp_path):
         patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, **options: None)
         loaded, _ = load_model(str(tmp_path / "pruned"), "cpu")
     assert type(loaded).__name__ == "PrunedLlamaForCausalLM"
+
+
+def test_what_trl_does_not_train_is_for_python(tmp_path):
+    from tests import media
+
+    media.tiny_vit().save_pretrained(tmp_path / "model")
+    media.vit_processor().save_pretrained(tmp_path / "model")
+    media.write(tmp_path / "pictures", media.pictures(8))
+    output = tmp_path / "cka.yaml"
+    done = _run("select", "-m", str(tmp_path / "model"), "-d", str(tmp_path / "pictures"), "-o", str(output))
+    assert done.exit_code == 0, done.output
+    assert not output.exists()
+    assert "trl sft" not in done.output
+    assert "LayerSelection.load" in done.output
+    assert len(LayerSelection.load(tmp_path / "cka.json").layers) == 1

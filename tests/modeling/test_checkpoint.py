@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from hf_cka import find_anatomy
 from hf_cka.modeling import CheckpointError, load_pruned, save_pruned, verify, verify_many
 from hf_cka.modeling import checkpoint as room
 from hf_cka.modeling.plan import PruningPlan
 from hf_cka.modeling.probe import align
+from hf_cka.modeling.structure import rung_of
 from hf_cka.modeling.surgery import apply_plan
+from tests.media import tiny_vit, tiny_whisper
 from tests.tiny import tiny_batch, tiny_model
 
 UNEVEN = {"removed_attention": (0,), "kept_units": {1: (0, 5, 7)}, "kept_groups": {2: (1,)}, "removed_mlp": (3,)}
@@ -305,3 +308,21 @@ print(type(AutoModelForCausalLM.from_pretrained("out")).__name__)
     for script in (code, "import transformers.models.auto\n" + code.replace("assert not heavy, heavy", "")):
         run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
         assert run.stdout.strip() == "PrunedLlamaForCausalLM", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "stack", "field"),
+    [
+        (tiny_vit, "layers", "intermediate_size"),  # its class token and positions are no experts
+        (lambda: tiny_whisper()[0], "decoder", "decoder_ffn_dim"),
+        (lambda: tiny_whisper()[0], "encoder", "encoder_ffn_dim"),
+    ],
+)
+def test_units_of_pictures_and_sound_are_said_by_the_stock_config(make, stack, field):
+    model = make()
+    anatomy = find_anatomy(model, stack)
+    kept = dict.fromkeys(range(2), range(0, 24, 2))
+    plan = PruningPlan(2, anatomy.model_type, stack=anatomy.layers_path, kept_units=kept)
+    small = apply_plan(model, plan)
+    assert rung_of(small).name == "stock"
+    assert getattr(small.config, field) == 12

@@ -118,12 +118,12 @@ def test_a_vit_with_fewer_units_is_a_stock_checkpoint(vit, tmp_path):
 
 @pytest.fixture(scope="module")
 def whisper(assets: Path) -> tuple[Any, Any, Any, list[Any]]:
-    """The speech model, its processor, calibration batches (three short recordings), and the speech with its words."""
+    """The speech model, its processor, calibration batches (four short recordings), and the speech with its words."""
     folder = had(real_weights.whisper)
     model, processor = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder), load_processor(folder)
     rows = had(real_weights.sentences, "cards")
     start = decoder_start(model.config)
-    batches = calibration(rows, processor, 3, batch_size=3, decoder_start_token_id=start)
+    batches = calibration(rows, processor, 4, batch_size=4, decoder_start_token_id=start)
     speech = [{"audio": str(assets / "audio" / "jfk.flac"), "text": real_weights.WORDS_OF_JFK}]
     return model, processor, batches, speech
 

@@ -78,3 +78,9 @@ def test_target_modules_narrow_the_projections(selection):
 def test_targets_that_match_nothing_list_what_is_there(selection):
     with pytest.raises(ValueError, match=r"target_modules=\['query'\] matches no projection.*self_attn.q_proj"):
         selection.lora_kwargs(["query"])
+
+
+def test_every_stack_of_a_table_has_its_name(selection):
+    first = replace(selection, others=(replace(selection, layers_path="encoder.layers"),))
+    assert "of model.layers chosen" in first.table()
+    assert "of encoder.layers chosen" in first.table()
