@@ -91,14 +91,14 @@ TYPES: dict[tuple[str, str], dict[str, Any]] = {
     **{(name, MASKED): {} for name in ("electra", "xlm-roberta", "albert", "camembert", "convbert", "nystromformer")},
     **{(name, MASKED): {} for name in ("deberta", "layoutlm", "rembert")},
     ("mpnet", MASKED): {"relative_attention_num_buckets": 32},
-    ("esm", MASKED): {"vocab_size": 96, "mask_token_id": 4},
+    ("esm", MASKED): {"vocab_size": 96, "mask_token_id": 4, "pad_token_id": 1},
     # encoder-decoders
     **{(name, SEQ2SEQ): {} for name in ("t5", "bart", "mt5", "pegasus", "marian", "m2m_100", "blenderbot", "umt5")},
     ("t5", SORT): {"decoder_start_token_id": 0, "eos_token_id": 1},
     ("bart", SORT): {},
     # pictures
     **{(name, IMAGE): {} for name in ("vit", "beit", "dinov2", "siglip", "vit_msn")},
-    ("deit", IMAGE): {"drop_path_rate": 0.0},
+    ("deit", IMAGE): {"architectures": ["DeiTForImageClassification"]},
     ("swin", IMAGE): {
         "embed_dim": 24,
         "depths": [1, 1, 2, 1],
