@@ -192,7 +192,7 @@ def _too_thin(config: Any, small: Any) -> bool:
     """Whether a width came down to the number of heads: of one index each they cannot be told from units."""
     numbers: dict[bool, set[int]] = {True: set(), False: set()}
     for key, value in vars(small).items():
-        before = getattr(config, key, None)
+        before = config.__dict__.get(key)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             if _too_thin(before, value):
                 return True
