@@ -155,6 +155,7 @@ def adapted(kind: Kind, options: argparse.Namespace) -> Iterator[str]:
     """The table of LoRA in all layers, half by CKA and half at random."""
     from peft import get_peft_model
 
+    assert kind.train is not None
     score = kind.after or kind.score
     base, processor = kind.load(options)
     batches = kind.batches(base, processor, options)
@@ -220,7 +221,7 @@ def main() -> None:
     for name, kind in kinds.items():
         lines = [f"{kind.note} {torch.get_num_threads()} thread(s).", ""]
         print(f"## {kind.title}\n\n{lines[0]}\n", flush=True)
-        for part in (pruned(name, kind, options), ("",), adapted(kind, options)):
+        for part in (pruned(name, kind, options), *((("",), adapted(kind, options)) if kind.train else ())):
             for text in part:
                 print(text, flush=True)
                 lines.append(text)
