@@ -322,7 +322,7 @@ KINDS = {
             widths("1 of 3 KV groups", "heads", 0.0657),
             widths("an eighth of the units", "units", 0.074),
         ),
-        note="Perplexity on 1,024 tokens of TinyStories (lower is better); calibration on other stories. LoRA in this model "
-        "is measured in `lora_selection.md`.",
+        note="Perplexity on 1,024 tokens of TinyStories (lower is better); calibration on other stories. LoRA in this "
+        "model is measured in `lora_selection.md`.",
     ),
 }

@@ -423,11 +423,17 @@ def _find_shorter(stock: Any, dense: Any, stack: Stack, stay: tuple[int, ...], n
     return f"no field of {type(dense).__name__} builds {stock.__name__} with just these layers"
 
 
-def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def configs_of(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, config) of a config and of all that it holds; the path of its own is "".
+
+    Args:
+        config: of a model.
+        path: of the config itself.
+    """
     yield path, config
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            yield from _configs(value, f"{path}.{key}" if path else key)
+            yield from configs_of(value, f"{path}.{key}" if path else key)
 
 
 def _at(config: Any, path: str) -> Any:
@@ -439,7 +445,7 @@ def _at(config: Any, path: str) -> Any:
 def _depth_edits(dense: Any, count: int, stay: tuple[int, ...], stack: str) -> Iterator[Any]:
     """Ways to say in a config that only some layers are left, the likeliest first."""
     fields = []
-    for path, config in _configs(dense):
+    for path, config in configs_of(dense):
         for name, value in vars(config).items():
             if type(value) is int and value == count and _DEPTH.search(name) and name not in _LEADING:
                 near = sum(word in name or word in path for word in re.split(r"[._]", stack) if len(word) > 3)
@@ -548,7 +554,7 @@ def _block(entry: Mapping[str, Any]) -> int:
 def _with_experts(config: Any, entry: Mapping[str, Any], count: int) -> None:
     """Fields that count experts, and groups of them where whole groups go."""
     members, block = entry["members"], _block(entry)
-    for _, own in _configs(config):
+    for _, own in configs_of(config):
         for name, value in list(vars(own).items()):
             if type(value) is not int or name.startswith("_") or _NO_EXPERTS.search(name):
                 continue
@@ -588,7 +594,7 @@ def _try_experts(stock: Any, dense: Any, entries: Sequence[tuple[Mapping[str, An
 def _with_heads(config: Any, entry: Mapping[str, Any], count: int) -> None:
     """Fields that count heads or groups of heads, and the width of a head, which would follow them."""
     members, block = entry["members"], _block(entry)
-    for path, own in _configs(config):
+    for path, own in configs_of(config):
         heads = [n for n, v in vars(own).items() if type(v) is int and v and v % members == 0 and _HEADS.search(n)]
         counted = {n: getattr(own, n) for n in heads if "dim" not in n and "size" not in n}
         if not counted or (path and not any(v in (members,) for v in counted.values())):
@@ -602,7 +608,7 @@ def _with_heads(config: Any, entry: Mapping[str, Any], count: int) -> None:
 
 def _with_units(config: Any, entry: Mapping[str, Any], count: int, prefix: str = "") -> None:
     members = entry["members"]
-    for _, own in _configs(config):
+    for _, own in configs_of(config):
         for name, value in list(vars(own).items()):
             if not name.startswith(prefix or name) or name.startswith("_") or not _UNITS.search(name):
                 continue

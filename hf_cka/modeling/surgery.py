@@ -21,7 +21,7 @@ from hf_cka.modeling import modeling_hf_cka as code
 from hf_cka.modeling.carried import adapter_configs, check_adapters, rename_targets, take_adapted
 from hf_cka.modeling.counting import num_parameters
 from hf_cka.modeling.plan import PruningPlan
-from hf_cka.modeling.structure import Target, target_of
+from hf_cka.modeling.structure import Target, configs_of, target_of
 
 # Names under which modules keep the number of their layer, and containers that of their layers.
 _INDEX = re.compile(r"layer_(idx|id|index|number)")
@@ -218,21 +218,13 @@ def _shorten(model: nn.Module, path: str, stay: Sequence[int]) -> None:
 
 def _adopt(model: Any, config: Any) -> None:
     """Give a model another config in place: its modules hold these very objects."""
-    after = dict(_configs(config))
-    for path, own in _configs(model.config):
+    after = dict(configs_of(config))
+    for path, own in list(configs_of(model.config)):
         if path in after:
             inner = {k: v for k, v in vars(own).items() if hasattr(v, "to_dict") and hasattr(v, "model_type")}
             own.__class__ = type(after[path])
             own.__dict__.clear()
             own.__dict__.update({**vars(after[path]), **inner})
-
-
-def _configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
-    found = [(path, config)]
-    for key, value in vars(config).items():
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            found += _configs(value, f"{path}.{key}" if path else key)
-    return found
 
 
 def _left(anatomy: Anatomy, plan: PruningPlan, target: Target) -> Findings:
