@@ -301,6 +301,8 @@ KINDS = {
             Cut("1 decoder layer", {"method": "depth", "num_layers": 1, "stack": "decoder"}),
             sublayers(2, stack="decoder"),
             widths("1 of 6 encoder heads", "heads", 0.0105, stack="encoder"),
+            widths("a quarter of the encoder's units", "units", 0.0312, stack="encoder"),
+            widths("a quarter of the decoder's units", "units", 0.0312, stack="decoder"),
         ),
         train=speech_steps,
         steps=6,
@@ -322,7 +324,7 @@ KINDS = {
             widths("1 of 3 KV groups", "heads", 0.0657),
             widths("an eighth of the units", "units", 0.074),
         ),
-        note="Perplexity on 1,024 tokens of TinyStories (lower is better); calibration on other stories. LoRA in this "
-        "model is measured in `lora_selection.md`.",
+        note="Perplexity on 1,024 tokens of TinyStories (lower is better); calibration on other stories. LoRA "
+        "in this model is measured in `lora_selection.md`.",
     ),
 }

@@ -128,6 +128,7 @@ def word_error_rate(
     extractor = parts.feature_extractor
     reading = Readable(data, lambda row: read_audio(row[column], extractor.sampling_rate))
     longest = max_new_tokens or (getattr(model.config, "max_target_positions", None) or 512) // 2
+    words_only = _no_timestamps(model) if writes else {}
     found: dict[int, Transcript] = {}
     bar = tqdm(total=len(data), desc="speech", unit="row", disable=not progress, delay=2)
     with measuring(model), bar:
@@ -137,7 +138,7 @@ def word_error_rate(
             for together in alike(extractor, [sound for _, sound in read], batch_size):
                 inputs = to_model(model, hear(extractor, [read[at][1] for at in together]))
                 if writes:
-                    ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+                    ids = model.generate(**inputs, **words_only, max_new_tokens=longest, do_sample=False, num_beams=1)
                     produced = parts.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 else:
                     # the blank is the pad token: leaving special tokens out would join letters that it keeps apart
@@ -164,6 +165,19 @@ def normalised(text: str) -> str:
     spaced = re.sub(r"[-‐-―/]", " ", unicodedata.normalize("NFKC", text).lower())
     kept = "".join(letter for letter in spaced if unicodedata.category(letter)[0] not in "PS")
     return " ".join(kept.split())
+
+
+def _no_timestamps(model: Any) -> dict[str, Any]:
+    """Keep Whisper from writing timestamps, which a damaged one may do unasked.
+
+    Its ``generate`` goes on from the last one, for ever if that is zero (transformers 5.24, ``generation_whisper.py``).
+    """
+    settings = model.generation_config
+    last = getattr(settings, "no_timestamps_token_id", None)
+    if last is None:
+        return {}
+    quiet = getattr(settings, "suppress_tokens", None) or []
+    return {"suppress_tokens": [*quiet, *range(last + 1, model.config.vocab_size)]}
 
 
 def _words(row: Row, index: int) -> str:

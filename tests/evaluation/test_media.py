@@ -33,6 +33,19 @@ def _saved(folder, model, processor) -> str:
     return str(folder)
 
 
+def test_a_transcript_holds_no_timestamps(monkeypatch):
+    """Whisper's `generate` would go on from them, and never end from one of zero."""
+    model, processor = tiny_whisper()
+    model.generation_config.no_timestamps_token_id, model.generation_config.suppress_tokens = 20, [4]
+    given = {}
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **settings: given.update(settings) or generate(**settings))
+    written = word_error_rate(model, processor, [{"audio": wav(300), "text": "a"}], max_new_tokens=8)
+    assert given["suppress_tokens"] == [4, *range(21, model.config.vocab_size)]
+    later = {chr(ord("a") + token - 3) for token in range(21, 29)}
+    assert not later & set(written.transcripts[0].produced)
+
+
 def test_pictures_are_classified_as_one_at_a_time(tmp_path) -> None:
     rows = load_rows(str(write(tmp_path / "pets.zip", pictures(4))))
     model, processor = tiny_vit(("dog", "cat")), vit_processor()
