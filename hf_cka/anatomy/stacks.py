@@ -90,7 +90,7 @@ def find_stacks(twin: Twin, residual: Callable[[Call], bool]) -> list[Found]:
         if stack is not None:
             found[path] = stack
     some = {p: s for p, s in found.items() if any(residual(s.calls[layer]) for layer in s.layers[:2])}
-    found = some or found
+    found = some or {p: s for p, s in found.items() if len(s.layers) > 1}
     stages = {p for p, s in found.items() if s.others and any(_within(q, p, s) for q in found.values())}
     kept = [s for p, s in found.items() if p not in stages]
     kept = [s for s in kept if not any(_within(s, p, other) for p, other in found.items() if p not in stages)]

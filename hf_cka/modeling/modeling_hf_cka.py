@@ -396,7 +396,12 @@ def _emptied(module: nn.Module) -> nn.Module:
     for inside in module.modules():  # the config is shared by all
         if getattr(inside, "config", None) is not None:
             memo[id(inside.config)] = inside.config
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for inside in list(copied.modules()):  # adapters around it are no part of what it was
+        for name, child in list(inside.named_children()):
+            if isinstance(getattr(child, "base_layer", None), nn.Module):
+                setattr(inside, name, child.base_layer)
+    return getattr(copied, "base_layer", copied)
 
 
 # ---- the config ----
