@@ -11,7 +11,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_cka.anatomy.branches import Bench
 from hf_cka.anatomy.parts import Branch, Slice, Width
+from hf_cka.anatomy.stacks import running_as
 from hf_cka.anatomy.twin import distance
 from hf_cka.modeling import modeling_hf_cka as code
 
@@ -344,24 +345,15 @@ def never_picked(layer: nn.Module, width: Width, gone: Sequence[int], beside: bo
         yield
 
 
-@contextmanager
-def _running(layer: nn.Module, mode: Callable[[], TorchFunctionMode]) -> Iterator[None]:
+def _running(layer: nn.Module, mode: Callable[[], TorchFunctionMode]) -> AbstractContextManager[None]:
     """Let a mode see what a layer computes, and nothing else: it takes time."""
-    before = layer.__dict__.get("forward")
     forward = layer.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with mode():
             return forward(*args, **kwargs)
 
-    layer.forward = run
-    try:
-        yield
-    finally:
-        if before is None:
-            layer.__dict__.pop("forward", None)
-        else:
-            layer.forward = before
+    return running_as(layer, run)
 
 
 @contextmanager

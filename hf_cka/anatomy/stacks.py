@@ -228,6 +228,25 @@ def bypassed(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def running_as(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward for a while; one that it has of its own comes back.
+
+    Args:
+        module: whose; not changed for good.
+        forward: what runs in the place of `module.forward`.
+    """
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
+
+
 def with_main(output: Any, value: torch.Tensor) -> Any:
     """The output of a module with another main tensor."""
     if isinstance(output, torch.Tensor):

@@ -7,7 +7,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_cka.anatomy.branches import Bench, Gradients
 from hf_cka.anatomy.parts import Branch, Segment, Slice, Width
+from hf_cka.anatomy.stacks import running_as
 from hf_cka.anatomy.twin import distance
 from hf_cka.modeling import modeling_hf_cka as code
 
@@ -251,39 +252,26 @@ def straight_through(layer: nn.Module, scale: bool = False) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _through(norm: Any, scale: bool) -> Iterator[None]:
-    before = norm.__dict__.get("forward")
+def _through(norm: Any, scale: bool) -> AbstractContextManager[None]:
     forward = norm.forward
 
     def through(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(plain := forward(hidden, *args, **kwargs), torch.Tensor):
-            return plain  # a norm of several tensors at once
+        def let(value: Any) -> Any:
+            return value.detach() if isinstance(value, torch.Tensor) else value
+
+        out = forward(hidden.detach(), *map(let, args), **{k: let(v) for k, v in kwargs.items()})
+        if not isinstance(out, torch.Tensor) or (not scale and out.shape != hidden.shape):
+            return forward(hidden, *args, **kwargs)  # a norm of several tensors at once, or of another shape
         if scale:
             weight = getattr(norm, "weight", None)
             shape = [-1] + [1] * (hidden.ndim - 2) if isinstance(norm, nn.modules.batchnorm._NormBase) else [-1]
             value = hidden if weight is None else hidden * (weight.view(shape) if weight.ndim == 1 else weight)
             gate = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
             return value if gate is None or gate.shape != value.shape else value * torch.nn.functional.silu(gate)
-        given = [
-            v for v in (hidden, *args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.shape == hidden.shape
-        ]
-        still = [v.detach() if isinstance(v, torch.Tensor) else v for v in args]
-        out = forward(
-            hidden.detach(), *still, **{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        )
-        if out.shape != hidden.shape:
-            return plain
+        given = (v for v in (hidden, *args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.shape == out.shape)
         return out + sum(v - v.detach() for v in given)
 
-    norm.forward = through
-    try:
-        yield
-    finally:
-        if before is None:
-            del norm.forward
-        else:
-            norm.forward = before
+    return running_as(norm, through)
 
 
 def _covers(bench: Bench, width: Width) -> int:

@@ -576,6 +576,16 @@ def apply_structure(model: Any, structure: Mapping[str, Any]) -> None:
         if cache is not None and not (type(cache) is int and 0 <= cache < 10_000):
             raise ValueError(f"hf_cka.removed: cache is {cache!r}; a layer number is needed.")
         replace(model, resolve(entry["module"]), entry["kind"], entry["returns"], cache)
+    settle(model, structure)
+
+
+def settle(model: Any, structure: Mapping[str, Any]) -> None:
+    """Let what a whole model knows of its parts follow, once they are gone: caches, experts, tied weights.
+
+    Args:
+        model: changed in place.
+        structure: the entry of the config.
+    """
     uncached_text(model.config, structure.get("uncached") or ())
     count_experts(model)
     plain_experts(model)

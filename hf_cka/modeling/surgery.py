@@ -94,10 +94,7 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
     code.become(model, code.model_class(stock, type(model.config).stock_class) if target.structure else stock)
     for entry in target.structure.get("removed") or ():
         code.part(model, entry["module"]).cache = entry.get("cache")
-    code.uncached_text(model.config, target.structure.get("uncached") or ())
-    code.count_experts(model)
-    code.plain_experts(model)
-    code.retie(model)
+    code.settle(model, target.structure)
     remember(type(model), model.config, left)
     if adapter_configs(model):
         first = plan.by_stack[0]

@@ -6,14 +6,15 @@ Hooks see what enters a module; here the multiplication itself is seen, whicheve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from hf_cka.anatomy.stacks import running_as
 from hf_cka.modeling.modeling_hf_cka import main_input
 
 #: gets (rows, features) and, where it was seen, which row of the experts' input each of them is; and that input.
@@ -24,8 +25,7 @@ _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "
 _GROUPED = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 
 
-@contextmanager
-def watched(module: nn.Module, attribute: str, axis: int, tap: Tap) -> Iterator[None]:
+def watched(module: nn.Module, attribute: str, axis: int, tap: Tap) -> AbstractContextManager[None]:
     """Hand over what is multiplied with a parameter of experts, whenever their module runs.
 
     Args:
@@ -34,21 +34,13 @@ def watched(module: nn.Module, attribute: str, axis: int, tap: Tap) -> Iterator[
         axis: of the parameter, along which the features lie.
         tap: called once for every multiplication: once per expert, or once for all.
     """
-    before = module.__dict__.get("forward")
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _Products(lambda: getattr(module, attribute), axis, main_input(args, kwargs), tap):
             return forward(*args, **kwargs)
 
-    module.forward = run
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = before
+    return running_as(module, run)
 
 
 class _Products(TorchFunctionMode):
