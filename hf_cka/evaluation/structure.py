@@ -93,4 +93,4 @@ def _seen(model: Any) -> tuple[Anatomy, Any]:
 
     anatomy = find_anatomy(model)
     plan = recorded_plan(anatomy.model)
-    return (anatomy.on(plan.stack) if plan is not None and plan.stack else anatomy), plan
+    return (anatomy if plan is None else plan.seen_in(anatomy)), plan

@@ -190,7 +190,7 @@ def _narrowed(anatomy: Anatomy, plan: PruningPlan) -> list[str]:
     """Modules that the plan narrows, by dotted name in the model."""
     found: dict[str, None] = {}
     for part in plan.by_stack:
-        on = anatomy.on(part.stack) if part.stack else anatomy
+        on = part.seen_in(anatomy)
         for name, table in part.kept.items():
             for index in table:
                 width = on.stack.layers[index].width(name)
@@ -202,7 +202,7 @@ def _narrowed(anatomy: Anatomy, plan: PruningPlan) -> list[str]:
 def _goes(anatomy: Anatomy, plan: PruningPlan, path: str) -> bool:
     """Whether a module goes with a layer or branch that the plan removes."""
     for part in plan.by_stack:
-        on = anatomy.on(part.stack) if part.stack else anatomy
+        on = part.seen_in(anatomy)
         gone = [on.layer_name(i) for i in part.removed_layers]
         for name, layers in part.removed_branches.items():
             for i in layers:

@@ -190,6 +190,10 @@ class PruningPlan:
         """Layer -> units it keeps."""
         return self.kept.get("units", MappingProxyType({}))
 
+    def seen_in(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy of the stack that this is for; the given one where the plan names none."""
+        return anatomy.on(self.stack) if self.stack else anatomy
+
     @property
     def by_stack(self) -> tuple[PruningPlan, ...]:
         """One plan per stack."""
@@ -218,10 +222,7 @@ class PruningPlan:
         """
         anatomy = find_anatomy(model)
         return tuple(
-            on.layer_name(i)
-            for plan in self.by_stack
-            for on in [anatomy.on(plan.stack) if plan.stack else anatomy]
-            for i in plan.removed_layers
+            on.layer_name(i) for plan in self.by_stack for on in [plan.seen_in(anatomy)] for i in plan.removed_layers
         )
 
     def __str__(self) -> str:
@@ -432,7 +433,7 @@ class PruningPlan:
             >>> both.removed_layers, both.removed_attention
             ((1,), (2,))
         """
-        on = anatomy.on(self.stack) if self.stack else anatomy
+        on = self.seen_in(anatomy)
         gone = set()
         for index in set().union(*self.removed_branches.values()):
             names = {name for name, layers in self.removed_branches.items() if index in layers}
@@ -460,7 +461,7 @@ class PruningPlan:
         """
         anatomy = model if isinstance(model, Anatomy) else find_anatomy(model)
         for plan in self.by_stack:
-            plan.check(anatomy.on(plan.stack) if plan.stack else anatomy)
+            plan.check(plan.seen_in(anatomy))
 
     def check(self, anatomy: Anatomy) -> None:
         """Check that the plan fits one stack of a model.

@@ -187,7 +187,7 @@ class CostTable:
         return Price(self._cost({}, length), self._cost(by_stack, length), length)
 
     def _on(self, plan: PruningPlan) -> Anatomy:
-        return self.anatomy.on(plan.stack) if plan.stack else self.anatomy
+        return plan.seen_in(self.anatomy)
 
     def _cost(self, plans: Mapping[str, PruningPlan], length: int) -> Cost:
         decoder = any(stack.causal for stack in self.anatomy.stacks)

@@ -86,7 +86,7 @@ def target_of(anatomy: Anatomy, plan: PruningPlan) -> Target:
     shortened: dict[str, tuple[int, ...]] = {}
     why = ""
     for part in plan.by_stack:
-        now = anatomy.on(part.stack) if part.stack else anatomy
+        now = part.seen_in(anatomy)
         stack = base[now.stack.path]
         _merge(now, stack, part, gone, kept)
         if part.removed_layers:
@@ -176,7 +176,7 @@ def structure_of(anatomy: Anatomy, plan: PruningPlan) -> dict[str, Any]:
     removed_now: list[dict[str, Any]] = []
     narrowed: list[dict[str, Any]] = []
     for part in plan.by_stack:
-        on = anatomy.on(part.stack) if part.stack else anatomy
+        on = part.seen_in(anatomy)
         removed_now += [_entry(on.layer_name(i), "layer", on.stack.layers[i].returns) for i in part.removed_layers]
         for name, layers in part.removed_branches.items():
             for i in layers:

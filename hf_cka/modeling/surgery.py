@@ -78,9 +78,9 @@ def apply_plan(model: Any, plan: PruningPlan) -> Any:
 
     # From here on nothing can fail for a reason of the caller's.
     for part in plan.by_stack:
-        _cut(anatomy.on(part.stack) if part.stack else anatomy, part)
+        _cut(part.seen_in(anatomy), part)
     for part in plan.by_stack:
-        on = anatomy.on(part.stack) if part.stack else anatomy
+        on = part.seen_in(anatomy)
         stay = target.shortened.get(on.stack.path)
         if stay is not None:
             _shorten(model, on.stack.path, stay)
@@ -134,7 +134,7 @@ def parameter_map(model: Any, plan: PruningPlan) -> dict[str, tuple[str, torch.T
     places: dict[str, torch.Tensor] = {}
     renamed: dict[str, str] = {}
     for part in plan.by_stack:
-        on = anatomy.on(part.stack) if part.stack else anatomy
+        on = part.seen_in(anatomy)
         gone += [on.layer_name(i) for i in part.removed_layers]
         for name, layers in part.removed_branches.items():
             for i in layers:
@@ -273,7 +273,7 @@ def widths_of(anatomy: Anatomy) -> dict[str, list[int]]:
 def _refuse_packed(anatomy: Anatomy, plan: PruningPlan) -> None:
     """Quantized weights do not show their shape, and their rows cannot be picked."""
     for part in plan.by_stack:
-        on = anatomy.on(part.stack) if part.stack else anatomy
+        on = part.seen_in(anatomy)
         for name, table in part.kept.items():
             for index in table:
                 for s in on.stack.layers[index].width(name).slices:  # type: ignore[union-attr]

@@ -94,7 +94,7 @@ def repair(
     fix = lookup(REPAIRS, method, "repair")
     anatomy = find_anatomy(model)
     plan.validate(anatomy)
-    parts = [(anatomy.on(part.stack) if part.stack else anatomy, part) for part in plan.by_stack]
+    parts = [(part.seen_in(anatomy), part) for part in plan.by_stack]
     parts = [(on, part) for on, part in parts if any(linear_outputs(on, layer) for layer in part.kept_layers)]
     if not parts:
         raise ValueError(

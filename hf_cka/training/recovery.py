@@ -295,7 +295,7 @@ def _pruned_stacks(anatomy: Anatomy) -> list[Anatomy]:
     """The stacks that were pruned, by the model's record; that with most parameters where it has none."""
     plan = recorded_plan(anatomy.model)
     parts = plan.by_stack if plan is not None else ()
-    return [anatomy.on(part.stack) if part.stack else anatomy for part in parts] or [anatomy]
+    return [part.seen_in(anatomy) for part in parts] or [anatomy]
 
 
 def _projections(anatomy: Anatomy, index: int) -> list[str]:
